@@ -1,0 +1,250 @@
+//! The fp32 reader: the definition of what is right, on any machine.
+
+mod attention;
+mod forward;
+mod gemm;
+mod math;
+mod sample;
+mod score;
+
+use std::ops::{ControlFlow, Range};
+use std::sync::Arc;
+
+use forward::{Decoder, LayerCache, Workspace};
+use score::{ContextSentence, QuestionAttention, select_sentences, top_k};
+
+use crate::model::Model;
+use crate::plan::Plan;
+use crate::reader::{Gleaned, Kept, Reader, Sampling, StepReport, TopToken};
+use crate::{Error, Result};
+
+/// Reads with plain fp32 arithmetic on all cores.
+///
+/// Weights stay in their mapped files and are converted as they are used, so that memory beyond them is that of one
+/// step's activations.
+pub struct CpuReader {
+    model: Arc<Model>,
+}
+
+/// The scores of one step, as [`CpuReader::score_step`] returns them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StepScores {
+    /// One per context token.
+    pub scores: Vec<f64>,
+    /// The best tokens, as indices into the context, best first.
+    pub selected: Vec<usize>,
+}
+
+impl CpuReader {
+    /// A reader for `model`.
+    pub fn new(model: Arc<Model>) -> CpuReader {
+        CpuReader { model }
+    }
+
+    /// One step on its own: scores the tokens of `context` in `prompt` by the attention of the rows from
+    /// `question_start` to its end, and selects the `topk` best.
+    ///
+    /// `question_weights` holds the weight of each row; if it is empty, this is a first step and fills it.
+    ///
+    /// # Errors
+    /// [`Error::Plan`] if the positions or ids make no sense; [`Error::NotFinite`].
+    pub fn score_step(
+        &self,
+        prompt: &[u32],
+        context: Range<usize>,
+        question_start: usize,
+        phrase_width: usize,
+        topk: usize,
+        question_weights: &mut Vec<f32>,
+    ) -> Result<StepScores> {
+        self.check_ids(prompt)?;
+        let rows = prompt.len().saturating_sub(question_start);
+        if context.start > context.end || context.end > question_start || rows == 0 {
+            return Err(Error::Plan(format!(
+                "the context {context:?} and the question rows {question_start}..{} must follow each other",
+                prompt.len()
+            )));
+        }
+        if !question_weights.is_empty() && question_weights.len() != rows {
+            return Err(Error::Plan(format!("{} weights for {rows} question rows", question_weights.len())));
+        }
+        let decoder = Decoder::new(&self.model, prompt.len());
+        let attention = decoder.question_attention(&mut Workspace::default(), prompt, question_start);
+        score(&attention, context, phrase_width, topk, question_weights).ok_or(Error::NotFinite { step: 0 })
+    }
+
+    /// Last-layer attention probabilities summed over heads, of the rows from `from` to the end of `prompt`:
+    /// `[prompt.len() - from, prompt.len()]`.
+    ///
+    /// # Errors
+    /// [`Error::Plan`] if `from` or an id is out of range.
+    pub fn attention_head_sums(&self, prompt: &[u32], from: usize) -> Result<Vec<f32>> {
+        self.check_ids(prompt)?;
+        if from >= prompt.len() {
+            return Err(Error::Plan(format!("row {from} of a prompt of {} tokens", prompt.len())));
+        }
+        let decoder = Decoder::new(&self.model, prompt.len());
+        Ok(decoder.question_attention(&mut Workspace::default(), prompt, from).head_sums)
+    }
+
+    /// Hidden states behind the final norm and logits of every row of `prompt`: `[prompt.len(), hidden_size]` and
+    /// `[prompt.len(), vocab_size]`.
+    ///
+    /// # Errors
+    /// [`Error::Plan`] if the prompt is empty or an id is out of range.
+    pub fn hidden_and_logits(&self, prompt: &[u32]) -> Result<(Vec<f32>, Vec<f32>)> {
+        self.check_ids(prompt)?;
+        let decoder = Decoder::new(&self.model, prompt.len());
+        let mut ws = Workspace::default();
+        let hidden = decoder.hidden(&mut ws, &mut self.empty_caches(), prompt, prompt.len());
+        let logits = decoder.logits(&mut ws, &hidden);
+        Ok((hidden, logits))
+    }
+
+    fn empty_caches(&self) -> Vec<LayerCache> {
+        self.model.layers.iter().map(|_| LayerCache::default()).collect()
+    }
+
+    fn check_ids(&self, tokens: &[u32]) -> Result<()> {
+        let vocab_size = self.model.config.vocab_size;
+        match tokens.iter().max() {
+            None => Err(Error::Plan("the prompt has no token".into())),
+            Some(&id) if id as usize >= vocab_size => {
+                Err(Error::Plan(format!("token {id} is beyond the vocabulary of {vocab_size}")))
+            }
+            Some(_) => Ok(()),
+        }
+    }
+}
+
+/// `None` if a score is not finite.
+fn score(
+    attention: &QuestionAttention,
+    context: Range<usize>,
+    phrase_width: usize,
+    topk: usize,
+    question_weights: &mut Vec<f32>,
+) -> Option<StepScores> {
+    if question_weights.is_empty() {
+        *question_weights = attention.question_weights();
+    }
+    let scores = attention.token_scores(question_weights, context, phrase_width);
+    if scores.iter().any(|score| !score.is_finite()) {
+        return None;
+    }
+    let selected = top_k(&scores, topk);
+    Some(StepScores { scores, selected })
+}
+
+/// The prompt of one step and where the sentences of its context lie.
+struct Prompt {
+    tokens: Vec<u32>,
+    context: Range<usize>,
+    sentences: Vec<ContextSentence>,
+}
+
+impl Prompt {
+    fn new(plan: &Plan, step: usize, kept: &[Kept]) -> Prompt {
+        let chunk = &plan.chunks[step];
+        let last = chunk.sentences.end - 1;
+        let mut tokens = plan.prefix.clone();
+        let start = tokens.len();
+        let mut sentences = Vec::with_capacity(kept.len() + chunk.sentences.len());
+        for sentence in kept.iter().map(|kept| kept.sentence).chain(chunk.sentences.clone()) {
+            let from = tokens.len() - start;
+            tokens.extend_from_slice(if sentence == last { &chunk.closing } else { plan.sentence(sentence) });
+            sentences.push(ContextSentence { sentence, tokens: from..tokens.len() - start });
+        }
+        let context = start..tokens.len();
+        tokens.extend_from_slice(&plan.tail);
+        Prompt { tokens, context, sentences }
+    }
+
+    fn top_token(&self, index: usize, score: f64) -> TopToken {
+        let at = self.sentences.partition_point(|sentence| sentence.tokens.end <= index);
+        let ContextSentence { sentence, tokens } = &self.sentences[at];
+        TopToken {
+            sentence: *sentence,
+            index: (index - tokens.start) as u32,
+            id: self.tokens[self.context.start + index],
+            score,
+        }
+    }
+}
+
+impl Reader for CpuReader {
+    fn read(&self, plan: &Plan, observe: &mut dyn FnMut(&StepReport) -> ControlFlow<()>) -> Result<Gleaned> {
+        plan.validate(self.model.config.vocab_size)?;
+        let decoder = Decoder::new(&self.model, plan.max_step_tokens());
+        let mut ws = Workspace::default();
+        let mut question_weights = Vec::new();
+        let mut gleaned = Gleaned { kept: Vec::new(), dropped_for_capacity: 0 };
+        for step in 0..plan.chunks.len() {
+            let prompt = Prompt::new(plan, step, &gleaned.kept);
+            let question_start = prompt.context.end + plan.question_start as usize;
+            let attention = decoder.question_attention(&mut ws, &prompt.tokens, question_start);
+            let (phrase_width, topk) = (plan.phrase_width as usize, plan.topk as usize);
+            let StepScores { scores, selected } =
+                score(&attention, prompt.context.clone(), phrase_width, topk, &mut question_weights)
+                    .ok_or(Error::NotFinite { step })?;
+            let selection = select_sentences(plan, &prompt.sentences, &scores, &selected);
+
+            gleaned.kept = selection.kept;
+            gleaned.dropped_for_capacity += selection
+                .dropped
+                .iter()
+                .filter(|(_, reason)| *reason == crate::reader::DropReason::MaxRetained)
+                .count();
+            let report = StepReport {
+                step,
+                steps: plan.chunks.len(),
+                tokens: prompt.tokens.len(),
+                context_tokens: prompt.context.len(),
+                retained_tokens: gleaned.kept.iter().map(|kept| plan.sentence_len(kept.sentence)).sum(),
+                kept: gleaned.kept.clone(),
+                dropped: selection.dropped,
+                top_tokens: selected.iter().map(|&index| prompt.top_token(index, scores[index])).collect(),
+            };
+            if observe(&report).is_break() {
+                return Err(Error::Cancelled);
+            }
+        }
+        Ok(gleaned)
+    }
+
+    fn answer(
+        &self,
+        prompt: &[u32],
+        sampling: &Sampling,
+        on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
+    ) -> Result<Vec<u32>> {
+        sampling.validate()?;
+        self.check_ids(prompt)?;
+        let decoder = Decoder::new(&self.model, prompt.len() + sampling.max_new_tokens);
+        let mut ws = Workspace::default();
+        let mut caches = self.empty_caches();
+        let mut hidden = decoder.hidden(&mut ws, &mut caches, prompt, 1);
+        let mut answer = Vec::new();
+        loop {
+            let logits = decoder.logits(&mut ws, &hidden);
+            let token =
+                sample::sample(&logits, sampling, answer.len()).ok_or(Error::NotFinite { step: answer.len() })?;
+            if self.model.generation_config.eos_token_id.contains(&token) {
+                return Ok(answer);
+            }
+            answer.push(token);
+            if on_token(token).is_break() || answer.len() == sampling.max_new_tokens {
+                return Ok(answer);
+            }
+            hidden = decoder.hidden(&mut ws, &mut caches, &[token], 1);
+        }
+    }
+
+    fn workspace_bytes(&self, max_step_tokens: usize, question_rows: usize) -> u64 {
+        forward::workspace_bytes(&self.model.config, max_step_tokens, question_rows)
+    }
+
+    fn device(&self) -> String {
+        format!("cpu ({} threads, fp32)", rayon::current_num_threads())
+    }
+}

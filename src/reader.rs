@@ -1,0 +1,144 @@
+//! The seam: what reads a plan and answers a prompt, on whatever device.
+
+use std::ops::ControlFlow;
+
+use serde::{Deserialize, Serialize};
+
+use crate::Result;
+use crate::plan::Plan;
+
+/// Reads whole documents for one model on one device.
+///
+/// The trait sits at the level of a reading plan, not of a tensor operation: between the first chunk and the last
+/// a reader decides for itself what travels where.
+pub trait Reader: Send + Sync {
+    /// Reads all chunks of `plan` and returns the sentences that are left.
+    ///
+    /// `observe` is called after each step; breaking stops the reading at the next step boundary.
+    ///
+    /// # Errors
+    /// [`crate::Error::Plan`], [`crate::Error::Cancelled`], [`crate::Error::NotFinite`], or the device's.
+    fn read(&self, plan: &Plan, observe: &mut dyn FnMut(&StepReport) -> ControlFlow<()>) -> Result<Gleaned>;
+
+    /// Continues `prompt` until an end token, the limit of `sampling`, or a break from `on_token`.
+    ///
+    /// Returns the new tokens, without the end token.
+    ///
+    /// # Errors
+    /// [`crate::Error::Plan`] if the prompt is empty or leaves the vocabulary; [`crate::Error::NotFinite`]; the
+    /// device's.
+    fn answer(
+        &self,
+        prompt: &[u32],
+        sampling: &Sampling,
+        on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
+    ) -> Result<Vec<u32>>;
+
+    /// Upper bound of the memory beyond the weights that reading takes, in bytes, for steps of up to `max_step_tokens`
+    /// tokens of which `question_rows` are question rows.
+    fn workspace_bytes(&self, max_step_tokens: usize, question_rows: usize) -> u64;
+
+    /// What it runs on, for people.
+    fn device(&self) -> String;
+}
+
+/// A sentence that was kept, with its score in the step that kept it.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Kept {
+    /// Index of the sentence in the plan.
+    pub sentence: u32,
+    /// Its best token's score. Comparable within one step only.
+    pub score: f32,
+}
+
+/// Why a sentence did not stay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DropReason {
+    /// None of its tokens was among the best.
+    NotInTopk,
+    /// It was among the lowest-scored when the kept sentences exceeded `max_retained` tokens.
+    MaxRetained,
+}
+
+/// What one step did.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct StepReport {
+    /// Its index, from 0.
+    pub step: usize,
+    /// How many there will be.
+    pub steps: usize,
+    /// Tokens of the whole prompt.
+    pub tokens: usize,
+    /// Tokens of its context.
+    pub context_tokens: usize,
+    /// Tokens that stay.
+    pub retained_tokens: usize,
+    /// Sentences that stay, ascending.
+    pub kept: Vec<Kept>,
+    /// Sentences of its context that do not.
+    pub dropped: Vec<(u32, DropReason)>,
+    /// The best tokens, best first.
+    pub top_tokens: Vec<TopToken>,
+}
+
+/// A token among the best of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct TopToken {
+    /// The sentence that owns it.
+    pub sentence: u32,
+    /// Its place in the sentence.
+    pub index: u32,
+    /// Its id.
+    pub id: u32,
+    /// Its score.
+    pub score: f64,
+}
+
+/// What is left of a document after the last step.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Gleaned {
+    /// The sentences, in document order.
+    pub kept: Vec<Kept>,
+    /// How many times over all steps a sentence was dropped for `max_retained` alone.
+    pub dropped_for_capacity: usize,
+}
+
+/// How the next token is chosen.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Sampling {
+    /// Most tokens of an answer.
+    pub max_new_tokens: usize,
+    /// 0 takes the likeliest token; above it, probabilities are flattened or sharpened by it.
+    pub temperature: f32,
+    /// Draws among the likeliest tokens that together reach this probability.
+    pub top_p: f32,
+    /// The same seed gives the same draws.
+    pub seed: u64,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Sampling { max_new_tokens: 128, temperature: 0.0, top_p: 1.0, seed: 0 }
+    }
+}
+
+impl Sampling {
+    /// Checks every value against its range.
+    ///
+    /// # Errors
+    /// [`crate::Error::Parameter`], naming the parameter and its range.
+    pub fn validate(&self) -> Result<()> {
+        use crate::Error;
+        if !(1..=65536).contains(&self.max_new_tokens) {
+            return Err(Error::parameter("max_new_tokens", self.max_new_tokens, "from 1 to 65536"));
+        }
+        if !(0.0..=100.0).contains(&self.temperature) {
+            return Err(Error::parameter("temperature", self.temperature, "from 0 to 100"));
+        }
+        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            return Err(Error::parameter("top_p", self.top_p, "above 0 and at most 1"));
+        }
+        Ok(())
+    }
+}
