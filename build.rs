@@ -1,0 +1,153 @@
+//! Compiles `kernels/` with nvcc and declares them to Rust with bindgen, where a CUDA toolkit is found. Where none is,
+//! the crate is built for the CPU alone.
+//!
+//! Read from the environment: `NVCC`, `CUDA_HOME`, `CUDA_PATH` (where the toolkit is), `LIBCLANG_PATH` (bindgen), and
+//! `GLEANER_REQUIRE_CUDA`: set to 1, a missing toolkit and every compiler warning are errors.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Machine code for Ampere and Hopper, and PTX from which drivers make code for what came later. Code for 8.0 runs on
+/// 8.6 and 8.9 too.
+const ARCHITECTURES: [(&str, &str); 3] =
+    [("compute_80", "sm_80"), ("compute_90a", "sm_90a"), ("compute_90", "compute_90")];
+
+/// Oldest toolkit that the kernels are written for.
+const MIN_CUDA: (u32, u32) = (12, 8);
+
+struct Toolkit {
+    nvcc: PathBuf,
+    library_dir: PathBuf,
+    include_dir: PathBuf,
+}
+
+fn main() {
+    println!("cargo:rustc-check-cfg=cfg(gleaner_cuda)");
+    println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=kernels");
+    for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "LIBCLANG_PATH", "GLEANER_REQUIRE_CUDA"] {
+        println!("cargo:rerun-if-env-changed={name}");
+    }
+    let required = env::var("GLEANER_REQUIRE_CUDA").is_ok_and(|value| value == "1");
+    let built = find_toolkit().and_then(|toolkit| {
+        clang_sys::load().map_err(|_| {
+            "found CUDA, but not libclang, which bindgen needs; install it (pip install libclang) and set LIBCLANG_PATH to its folder".to_owned()
+        })?;
+        Ok(toolkit)
+    });
+    let architectures = match built {
+        Ok(toolkit) => {
+            compile(&toolkit, required);
+            println!("cargo:rustc-cfg=gleaner_cuda");
+            ARCHITECTURES.map(|(_, code)| code).join(" ")
+        }
+        Err(reason) if required => {
+            println!("cargo:error=GLEANER_REQUIRE_CUDA is set, but {reason}");
+            String::new()
+        }
+        Err(reason) => {
+            println!("cargo:warning=building for the CPU only: {reason}");
+            String::new()
+        }
+    };
+    println!("cargo:rustc-env=GLEANER_CUDA_ARCHITECTURES={architectures}");
+}
+
+/// The toolkit, or in words why there is none.
+fn find_toolkit() -> Result<Toolkit, String> {
+    let set = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let under = |root: PathBuf| root.join("bin/nvcc");
+    let path = env::var_os("PATH").unwrap_or_default();
+    let candidates = [set("NVCC"), set("CUDA_HOME").map(under), set("CUDA_PATH").map(under)]
+        .into_iter()
+        .flatten()
+        .chain(env::split_paths(&path).map(|folder| folder.join("nvcc")))
+        .chain([PathBuf::from("/usr/local/cuda/bin/nvcc")]);
+    let nvcc = candidates.into_iter().find(|candidate| candidate.is_file()).ok_or_else(|| {
+        let (major, minor) = MIN_CUDA;
+        format!("found no CUDA toolkit; to build the kernels in, install CUDA {major}.{minor} or newer and set CUDA_HOME to its folder")
+    })?;
+
+    let output =
+        Command::new(&nvcc).arg("--version").output().map_err(|error| format!("{}: {error}", nvcc.display()))?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let version = text.split_once("release ").and_then(|(_, rest)| {
+        let (major, rest) = rest.split_once('.')?;
+        Some((major.parse().ok()?, rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()?))
+    });
+    if version.is_none_or(|version: (u32, u32)| version < MIN_CUDA) {
+        let (major, minor) = MIN_CUDA;
+        return Err(format!("{} is older than CUDA {major}.{minor}; set CUDA_HOME to a newer one", nvcc.display()));
+    }
+
+    // A link in PATH may lead elsewhere: libraries and headers lie beside the real file.
+    let real = nvcc.canonicalize().unwrap_or_else(|_| nvcc.clone());
+    let roots: Vec<&Path> = [&nvcc, &real].into_iter().filter_map(|nvcc| nvcc.parent()?.parent()).collect();
+    let beside = |folders: &[&str], file: &str| {
+        let places = roots.iter().flat_map(|root| folders.iter().map(move |folder| root.join(folder)));
+        let found = places.into_iter().find(|folder| folder.join(file).is_file());
+        found.ok_or_else(|| format!("{} has no {file} beside it: the toolkit is not whole", nvcc.display()))
+    };
+    Ok(Toolkit {
+        library_dir: beside(
+            &["lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"],
+            "libcudart_static.a",
+        )?,
+        include_dir: beside(
+            &["include", "targets/x86_64-linux/include", "targets/sbsa-linux/include"],
+            "cuda_runtime.h",
+        )?,
+        nvcc,
+    })
+}
+
+fn compile(toolkit: &Toolkit, strict: bool) {
+    let mut sources: Vec<PathBuf> = std::fs::read_dir("kernels")
+        .expect("kernels/ is part of the crate")
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    sources.retain(|path| path.extension().is_some_and(|extension| extension == "cu"));
+    sources.sort();
+
+    // The one way to tell cc about nvcc: a compiler path given to it is taken for gcc.
+    #[allow(unsafe_code)]
+    // SAFETY: the build script has one thread.
+    unsafe {
+        env::set_var("NVCC", &toolkit.nvcc);
+    }
+    let mut build = cc::Build::new();
+    build
+        .cuda(true)
+        .cudart("none")
+        // -G, which cc adds to debug builds, would take the optimiser away from the kernels.
+        .debug(false)
+        .opt_level(3)
+        .std("c++17")
+        .include(&toolkit.include_dir)
+        .flag("-lineinfo")
+        .files(&sources);
+    for (arch, code) in ARCHITECTURES {
+        build.flag(format!("-gencode=arch={arch},code={code}"));
+    }
+    if strict {
+        build.flag("-Werror=all-warnings").flag("-Xptxas=-Werror,-warn-spills,-warn-lmem-usage");
+    }
+    build.compile("gleaner_kernels");
+    println!("cargo:rustc-link-search=native={}", toolkit.library_dir.display());
+    for library in ["static=cudart_static", "dl", "pthread", "rt"] {
+        println!("cargo:rustc-link-lib={library}");
+    }
+
+    let out_dir = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    bindgen::Builder::default()
+        .header("kernels/kernels.h")
+        .allowlist_function("gleaner_.*")
+        .generate()
+        .and_then(|bindings| {
+            bindings
+                .write_to_file(out_dir.join("kernels.rs"))
+                .map_err(|error| bindgen::BindgenError::ClangDiagnostic(error.to_string()))
+        })
+        .expect("kernels.h is plain C");
+}

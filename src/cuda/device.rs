@@ -1,0 +1,96 @@
+//! A GPU: found without assuming a driver, opened on its primary context.
+
+use std::sync::Arc;
+
+use cudarc::driver::sys::CUdevice_attribute::{
+    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+};
+use cudarc::driver::{CudaContext, CudaStream, DriverError};
+
+use crate::{Error, Result};
+
+/// Oldest compute capability the kernels run on.
+const MIN_COMPUTE_CAPABILITY: (i32, i32) = (8, 0);
+
+/// A GPU with a stream of its own. The context is the device's primary one, so that an embedding program shares it.
+pub struct CudaDevice {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    ordinal: usize,
+}
+
+fn driver_error(what: &str, error: DriverError) -> Error {
+    Error::Cuda { op: what.into(), message: error.to_string() }
+}
+
+#[allow(unsafe_code)]
+fn driver_is_present() -> bool {
+    // SAFETY: only tries to load the driver's library; cudarc's other calls would panic without it.
+    unsafe { cudarc::driver::sys::is_culib_present() }
+}
+
+impl CudaDevice {
+    /// Opens GPU `ordinal`.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the machine has no driver or no such GPU, or the GPU is too old; [`Error::Cuda`] if the
+    /// driver fails.
+    pub fn open(ordinal: usize) -> Result<CudaDevice> {
+        if !driver_is_present() {
+            return Err(Error::Device(format!(
+                "cuda:{ordinal} cannot be used: no NVIDIA driver (libcuda) on this machine; install it or use --device cpu"
+            )));
+        }
+        let count = CudaContext::device_count().map_err(|error| {
+            Error::Device(format!("cuda:{ordinal} cannot be used: the NVIDIA driver does not start ({error})"))
+        })?;
+        if ordinal >= count as usize {
+            return Err(Error::Device(format!(
+                "there is no cuda:{ordinal}: this machine has {count} GPUs, numbered from 0"
+            )));
+        }
+        let context = CudaContext::new(ordinal).map_err(|error| driver_error("opening the GPU", error))?;
+        let stream = context.new_stream().map_err(|error| driver_error("creating a stream", error))?;
+        let device = CudaDevice { context, stream, ordinal };
+        let (major, minor) = device.compute_capability()?;
+        if (major, minor) < MIN_COMPUTE_CAPABILITY {
+            let (min_major, min_minor) = MIN_COMPUTE_CAPABILITY;
+            return Err(Error::Device(format!(
+                "cuda:{ordinal} has compute capability {major}.{minor}, but the kernels need {min_major}.{min_minor} (A100) or newer; use --device cpu"
+            )));
+        }
+        Ok(device)
+    }
+
+    /// Its stream; every operation of this crate runs on it.
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    /// Major and minor compute capability.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`].
+    pub fn compute_capability(&self) -> Result<(i32, i32)> {
+        let attribute = |attribute| {
+            self.context.attribute(attribute).map_err(|error| driver_error("asking for the compute capability", error))
+        };
+        Ok((
+            attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        ))
+    }
+
+    /// Name, compute capability and memory, for people.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`].
+    pub fn describe(&self) -> Result<String> {
+        let name = self.context.name().map_err(|error| driver_error("asking for the GPU's name", error))?;
+        let (_, total) =
+            self.context.mem_get_info().map_err(|error| driver_error("asking for the GPU's memory", error))?;
+        let (major, minor) = self.compute_capability()?;
+        let gib = total as f64 / (1u64 << 30) as f64;
+        Ok(format!("cuda:{} ({name}, compute capability {major}.{minor}, {gib:.0} GiB)", self.ordinal))
+    }
+}
