@@ -1,0 +1,9 @@
+//! `gleaner`, the program.
+
+mod cli;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::run()
+}
