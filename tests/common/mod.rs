@@ -1,0 +1,115 @@
+//! What the integration tests share: the bundled model, and recorded runs of the reference.
+#![allow(dead_code, reason = "each test binary uses its own part")]
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, LazyLock};
+
+use gleaner::cpu::CpuReader;
+use gleaner::model::Model;
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+pub fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+pub fn demo_dir() -> PathBuf {
+    root().join("models/gleaner-demo-16m")
+}
+
+pub static DEMO: LazyLock<Arc<Model>> =
+    LazyLock::new(|| Arc::new(Model::open(demo_dir()).expect("the bundled model opens")));
+
+pub fn demo_reader() -> CpuReader {
+    CpuReader::new(DEMO.clone())
+}
+
+/// The folder of further goldens that GLEANER_GOLDEN names.
+pub fn golden_folder() -> PathBuf {
+    PathBuf::from(std::env::var_os("GLEANER_GOLDEN").expect("GLEANER_GOLDEN names a folder"))
+}
+
+/// A recorded run: NAME.json (settings, lengths, answer), NAME.safetensors (arrays by step), NAME.txt (the document).
+pub struct Golden {
+    pub name: String,
+    pub meta: Value,
+    pub document: String,
+    bytes: Vec<u8>,
+}
+
+/// One recorded step. Positions are indices into `input_ids`.
+pub struct GoldenStep {
+    pub input_ids: Vec<u32>,
+    pub prefix: usize,
+    pub context_end: usize,
+    pub question_start: usize,
+    pub scores: Vec<f64>,
+    pub selected: Vec<usize>,
+    pub sentence_starts: Vec<usize>,
+    pub kept_starts: Vec<usize>,
+}
+
+impl Golden {
+    pub fn open(path: &Path) -> Golden {
+        let with = |extension: &str| path.with_extension(extension);
+        let meta: Value = serde_json::from_slice(&std::fs::read(with("json")).unwrap()).unwrap();
+        // A committed golden may name the bundled document instead of repeating it.
+        let document = match meta["document"].as_str() {
+            Some(document) => std::fs::read_to_string(root().join(document)).unwrap(),
+            None => std::fs::read_to_string(with("txt")).unwrap(),
+        };
+        let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
+        Golden { name, meta, document, bytes: std::fs::read(path).unwrap() }
+    }
+
+    /// All goldens directly in `folder`.
+    pub fn all(folder: &Path) -> Vec<Golden> {
+        let entries = std::fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
+        let mut paths: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+        paths.retain(|path| path.extension().is_some_and(|extension| extension == "safetensors"));
+        paths.sort();
+        assert!(!paths.is_empty(), "no golden in {}", folder.display());
+        paths.iter().map(|path| Golden::open(path)).collect()
+    }
+
+    pub fn setting(&self, name: &str) -> usize {
+        self.meta[name].as_u64().unwrap() as usize
+    }
+
+    pub fn text(&self, name: &str) -> &str {
+        self.meta[name].as_str().unwrap()
+    }
+
+    pub fn steps(&self) -> Vec<GoldenStep> {
+        let tensors = SafeTensors::deserialize(&self.bytes).unwrap();
+        let integers = |name: String| -> Vec<usize> {
+            let data = tensors.tensor(&name).unwrap().data().to_vec();
+            data.as_chunks().0.iter().map(|b| i32::from_le_bytes(*b) as usize).collect()
+        };
+        let steps = self.meta["steps"].as_array().unwrap();
+        steps
+            .iter()
+            .enumerate()
+            .map(|(i, step)| {
+                let number = |name: &str| step[name].as_u64().unwrap() as usize;
+                let scores = tensors.tensor(&format!("{i}.scores")).unwrap();
+                GoldenStep {
+                    input_ids: integers(format!("{i}.input_ids")).into_iter().map(|id| id as u32).collect(),
+                    prefix: number("prefix"),
+                    context_end: number("context_end"),
+                    question_start: number("question_start"),
+                    scores: scores.data().as_chunks().0.iter().map(|b| f64::from_le_bytes(*b)).collect(),
+                    selected: integers(format!("{i}.selected")),
+                    sentence_starts: integers(format!("{i}.sentence_starts")),
+                    kept_starts: integers(format!("{i}.kept_starts")),
+                }
+            })
+            .collect()
+    }
+}
+
+/// A tensor of fp32 values.
+pub fn floats(tensors: &SafeTensors, name: &str) -> Vec<f32> {
+    let tensor = tensors.tensor(name).unwrap();
+    tensor.data().as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
+}

@@ -1,0 +1,158 @@
+//! The program on the bundled model and document: what goes to which stream, in which form.
+
+mod common;
+
+use std::io::Write;
+use std::process::{Command, Stdio};
+
+use common::root;
+use gleaner::Answer;
+use serde_json::Value;
+
+const QUESTION: &str = "What is the color of Brackenhythe?";
+
+/// The paragraph that holds the answer, with its neighbours: a quick document of several chunks.
+fn document() -> String {
+    let almanac = std::fs::read_to_string(root().join("examples/almanac.txt")).unwrap();
+    let start = almanac.find("The Seven Towns").unwrap();
+    let end = almanac.find("Of Rivers and Bridges").unwrap();
+    almanac[start..end].to_owned()
+}
+
+fn ask(extra: &[&str]) -> (String, String) {
+    ask_topk("60", extra)
+}
+
+fn ask_topk(topk: &str, extra: &[&str]) -> (String, String) {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_gleaner"))
+        .args(["ask", "--doc", "-", "--window", "256", "--topk", topk, QUESTION])
+        .args(extra)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(document().as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let (out, err) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+    assert!(output.status.success(), "{err}");
+    (out, err)
+}
+
+#[test]
+fn the_answer_comes_first_and_the_evidence_behind_it() {
+    let (out, err) = ask(&["--evidence", "2"]);
+    let lines: Vec<&str> = out.lines().collect();
+    assert!(lines[0].contains("silver"), "{out}");
+    assert!(lines[2].starts_with("Evidence"), "{out}");
+    assert_eq!(lines.len(), 5, "{out}");
+    assert!(lines[3..].iter().all(|line| line.contains("line ") && line.contains("score ")), "{out}");
+    assert!(out.contains("The color of Brackenhythe is silver."), "{out}");
+    assert_eq!(err, "", "no progress bar where there is no terminal");
+}
+
+#[test]
+fn quiet_prints_the_answer_alone() {
+    let (out, err) = ask(&["-q"]);
+    assert_eq!(out.lines().count(), 1, "{out}");
+    assert!(out.contains("silver"));
+    assert_eq!(err, "");
+}
+
+#[test]
+fn json_holds_everything_and_the_spans_are_right() {
+    let (out, _) = ask(&["--json"]);
+    let answer: Answer = serde_json::from_str(&out).unwrap();
+    let document = document();
+    assert!(answer.answer.contains("silver"));
+    assert_eq!(answer.document.bytes, document.len());
+    assert_eq!(answer.steps, answer.document.chunks);
+    assert!(answer.steps >= 3);
+    assert!(answer.retained_tokens <= answer.params.max_retained);
+    assert!(answer.evidence.is_sorted_by(|a, b| a.score >= b.score));
+    for evidence in &answer.evidence {
+        assert_eq!(document[evidence.start..evidence.end], evidence.text);
+        assert_eq!(document[..evidence.start].matches('\n').count() + 1, evidence.line);
+        assert!(evidence.chunk < answer.steps);
+    }
+    let keys: Value = serde_json::from_str(&out).unwrap();
+    for key in [
+        "answer",
+        "evidence",
+        "document",
+        "retained_tokens",
+        "steps",
+        "params",
+        "device",
+        "model",
+        "timing_ms",
+        "warnings",
+    ] {
+        assert!(keys.get(key).is_some(), "{key}");
+    }
+}
+
+#[test]
+fn the_trace_accounts_for_every_sentence_of_every_step() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("trace.jsonl");
+    ask(&["--trace", path.to_str().unwrap(), "-q"]);
+    let trace = std::fs::read_to_string(path).unwrap();
+    let steps: Vec<Value> = trace.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(steps.len() >= 3);
+    let mut held: Vec<u64> = Vec::new();
+    for (index, step) in steps.iter().enumerate() {
+        assert_eq!(step["step"], index);
+        let kept: Vec<u64> = step["kept"].as_array().unwrap().iter().map(|k| k["sentence"].as_u64().unwrap()).collect();
+        let dropped: Vec<u64> = step["dropped"].as_array().unwrap().iter().map(|d| d[0].as_u64().unwrap()).collect();
+        assert!(held.iter().all(|sentence| kept.contains(sentence) != dropped.contains(sentence)));
+        assert!(step["top_tokens"].as_array().unwrap().len() <= 60);
+        held = kept;
+    }
+}
+
+#[test]
+fn a_small_memory_is_kept_to_and_reported() {
+    let (out, err) = ask_topk("300", &["--max-retained", "256", "--json"]);
+    let answer: Answer = serde_json::from_str(&out).unwrap();
+    assert!(answer.retained_tokens <= 256);
+    assert!(answer.warnings.iter().any(|warning| warning.contains("max_retained")), "{:?}", answer.warnings);
+    assert!(err.contains("warning: "), "{err}");
+}
+
+#[test]
+fn a_template_file_is_used() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("template.txt");
+    std::fs::write(&path, "{context}\n\nQuestion:\n\n{question}\n\nAnswer:").unwrap();
+    assert!(ask(&["--template", path.to_str().unwrap()]).0.contains("silver"));
+}
+
+#[test]
+fn sampling_repeats_with_its_seed() {
+    let sample = |seed: &str| ask(&["--temperature", "3", "--max-new-tokens", "12", "-q", "--seed", seed]).0;
+    assert_eq!(sample("7"), sample("7"));
+    assert_ne!(sample("7"), sample("8"));
+}
+
+/// A reader that goes away early, as `head` does, is no failure.
+#[test]
+fn a_closed_pipe_ends_quietly() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_gleaner"))
+        .arg("info")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    assert!(child.wait_with_output().unwrap().status.success());
+}
+
+#[test]
+fn info_shows_model_device_memory_and_build() {
+    let output = Command::new(env!("CARGO_BIN_EXE_gleaner")).arg("info").output().unwrap();
+    let out = String::from_utf8(output.stdout).unwrap();
+    for word in ["CPU", "threads", "15.7M parameters", "8 layers", "mapped", "workspace", "GPU"] {
+        assert!(out.contains(word), "{word:?} is not in: {out}");
+    }
+}
