@@ -67,6 +67,7 @@ pub struct ParamFigures {
     pub max_retained: usize,
     pub max_sentence_tokens: usize,
     pub short_tail: usize,
+    pub chunk_short_tail: usize,
     pub max_new_tokens: usize,
     pub temperature: f32,
     pub top_p: f32,

@@ -165,7 +165,7 @@ impl Engine {
             bytes: document.text().len(),
             sentences: plan.sentences(),
             tokens: plan.tokens.len(),
-            chunks: plan.chunks.len(),
+            chunks: plan.chunks(),
         };
         let planned = Instant::now();
         if progress(Progress::Planned(&figures)).is_break() {
@@ -189,7 +189,7 @@ impl Engine {
             evidence: evidence(document, &plan, &spans, &gleaned),
             document: figures,
             retained_tokens: gleaned.kept.iter().map(|kept| plan.sentence_len(kept.sentence)).sum(),
-            steps: plan.chunks.len(),
+            steps: plan.chunks(),
             params: ParamFigures {
                 window_length: params.read.window_length,
                 topk: params.read.topk,
@@ -197,6 +197,7 @@ impl Engine {
                 max_retained: params.read.max_retained(),
                 max_sentence_tokens: params.read.max_sentence_tokens,
                 short_tail: params.read.short_tail,
+                chunk_short_tail: params.read.chunk_short_tail,
                 max_new_tokens: params.sampling.max_new_tokens,
                 temperature: params.sampling.temperature,
                 top_p: params.sampling.top_p,

@@ -2,6 +2,7 @@
 //!
 //! A plan needs no model to be made, saved, loaded or checked, so both readers are tested on the same plans.
 
+use std::collections::HashSet;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -26,6 +27,8 @@ pub struct ReadParams {
     pub max_sentence_tokens: usize,
     /// A piece of at most so many characters behind a full stop does not start a sentence: default 8.
     pub short_tail: usize,
+    /// Nor does one of at most so many start a chunk: default 10.
+    pub chunk_short_tail: usize,
 }
 
 impl Default for ReadParams {
@@ -37,6 +40,7 @@ impl Default for ReadParams {
             max_retained: None,
             max_sentence_tokens: 256,
             short_tail: 8,
+            chunk_short_tail: 10,
         }
     }
 }
@@ -80,16 +84,6 @@ impl ReadParams {
     }
 }
 
-/// A run of whole sentences that is read in one step.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Chunk {
-    /// Its sentences.
-    pub sentences: Range<u32>,
-    /// Tokens of its last sentence together with the white space that closes the context: the form in which it is
-    /// read in this step. When it is kept, its own tokens go on.
-    pub closing: Vec<u32>,
-}
-
 /// Everything a reader needs to read one document for one question.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plan {
@@ -99,12 +93,14 @@ pub struct Plan {
     pub tail: Vec<u32>,
     /// Index in `tail` of the first question row; the rows run to its end.
     pub question_start: u32,
-    /// Tokens of all sentences in document order.
+    /// Tokens of all sentences in document order. The last sentence of each chunk carries the white space that closes
+    /// the context (a tokenizer takes a full stop and the blank line behind it as one token), and keeps it when it is
+    /// kept, as in the reference.
     pub tokens: Vec<u32>,
     /// `tokens[sentence_offsets[s]..sentence_offsets[s + 1]]` is sentence `s`; one more entry than sentences.
     pub sentence_offsets: Vec<u32>,
-    /// One per step, covering all sentences in order.
-    pub chunks: Vec<Chunk>,
+    /// Sentences `chunk_offsets[c]..chunk_offsets[c + 1]` are chunk `c`, read in step `c`; one more entry than chunks.
+    pub chunk_offsets: Vec<u32>,
     /// Best tokens of a step.
     pub topk: u32,
     /// Width of the box filter.
@@ -130,8 +126,9 @@ impl Plan {
             return Err(Error::QuestionTooLong { tokens: frame.len(), window_length: params.window_length });
         }
         let text = document.text();
-        let pieces: Vec<Vec<(Range<usize>, Vec<u32>)>> = split_sentences(text, params.short_tail)
-            .into_par_iter()
+        let sentence_spans = split_sentences(text, params.short_tail);
+        let pieces: Vec<Vec<(Range<usize>, Vec<u32>)>> = sentence_spans
+            .par_iter()
             .map(|span| {
                 let mut pieces = Vec::with_capacity(1);
                 cut_long_sentence(
@@ -144,32 +141,39 @@ impl Plan {
             })
             .collect::<Result<_>>()?;
 
-        let mut spans = Vec::new();
-        let mut tokens = Vec::new();
-        let mut sentence_offsets = vec![0];
-        for (span, sentence) in pieces.into_iter().flatten() {
-            spans.push(span);
-            tokens.extend(sentence);
-            let end = u32::try_from(tokens.len())
-                .map_err(|_| Error::Plan("the document has more than 4,294,967,295 tokens".into()))?;
-            sentence_offsets.push(end);
+        let (spans, mut sentences): (Vec<_>, Vec<_>) = pieces.into_iter().flatten().unzip();
+        let lengths: Vec<usize> = sentences.iter().map(Vec::len).collect();
+        // Boundaries between sentences that are none to the splitter of chunks.
+        let chunk_starts: HashSet<usize> =
+            split_sentences(text, params.chunk_short_tail).into_iter().map(|span| span.start).collect();
+        let starts_sentence: HashSet<usize> = sentence_spans.iter().map(|span| span.start).collect();
+        let joined: Vec<bool> = spans
+            .iter()
+            .map(|span: &Range<usize>| starts_sentence.contains(&span.start) && !chunk_starts.contains(&span.start))
+            .collect();
+        let chunk_offsets = chunk_offsets(&lengths, &joined, params.window_length);
+        for &end in &chunk_offsets[1..] {
+            let last = end as usize - 1;
+            // The reference strips the context before it closes it.
+            let closed = format!("{}{}", python_trim_end(&text[spans[last].clone()]), frame.closing);
+            sentences[last] = tokenizer.encode(&closed)?;
         }
-        let chunks = chunk_sentences(&sentence_offsets, params.window_length)
-            .into_iter()
-            .map(|sentences| {
-                let last = &text[spans[sentences.end as usize - 1].clone()];
-                // The reference strips the context before it closes it.
-                let closed = format!("{}{}", python_trim_end(last), frame.closing);
-                Ok(Chunk { sentences, closing: tokenizer.encode(&closed)? })
-            })
-            .collect::<Result<_>>()?;
+        let tokens = sentences.concat();
+        if tokens.len() > u32::MAX as usize {
+            return Err(Error::Plan(format!("the document has {} tokens, more than 4,294,967,295", tokens.len())));
+        }
+        let ends = sentences.iter().scan(0, |end, sentence| {
+            *end += sentence.len() as u32;
+            Some(*end)
+        });
+        let sentence_offsets = [0].into_iter().chain(ends).collect();
         let plan = Plan {
             prefix: frame.prefix.clone(),
             tail: frame.tail.clone(),
             question_start: frame.question_start as u32,
             tokens,
             sentence_offsets,
-            chunks,
+            chunk_offsets,
             topk: params.topk as u32,
             phrase_width: params.phrase_width as u32,
             max_retained: params.max_retained() as u32,
@@ -193,20 +197,29 @@ impl Plan {
         self.sentence(s).len()
     }
 
+    /// Number of chunks, which is that of steps.
+    pub fn chunks(&self) -> usize {
+        self.chunk_offsets.len().saturating_sub(1)
+    }
+
+    /// Sentences of chunk `c`.
+    pub fn chunk(&self, c: usize) -> Range<u32> {
+        self.chunk_offsets[c]..self.chunk_offsets[c + 1]
+    }
+
     /// The chunk that holds sentence `s`.
     pub fn chunk_of(&self, s: u32) -> usize {
-        self.chunks.partition_point(|chunk| chunk.sentences.end <= s)
+        self.chunk_offsets.partition_point(|&start| start <= s) - 1
     }
 
     /// Upper bound of a step's tokens: what a workspace must hold.
     pub fn max_step_tokens(&self) -> usize {
-        let chunk = |chunk: &Chunk| {
-            let last = chunk.sentences.end as usize - 1;
-            let body = self.sentence_offsets[last] - self.sentence_offsets[chunk.sentences.start as usize];
-            body as usize + chunk.closing.len()
+        let tokens = |sentences: &[u32]| {
+            self.sentence_offsets[sentences[1] as usize] - self.sentence_offsets[sentences[0] as usize]
         };
-        let retained = if self.chunks.len() > 1 { self.max_retained as usize } else { 0 };
-        self.prefix.len() + retained + self.chunks.iter().map(chunk).max().unwrap_or(0) + self.tail.len()
+        let chunk = self.chunk_offsets.windows(2).map(tokens).max().unwrap_or(0);
+        let retained = if self.chunks() > 1 { self.max_retained } else { 0 };
+        self.prefix.len() + (retained + chunk) as usize + self.tail.len()
     }
 
     /// Checks that the tables agree with each other and with an embedding of `vocab_size` rows, so that a plan from
@@ -216,12 +229,12 @@ impl Plan {
     /// [`Error::Plan`] with what is wrong.
     pub fn validate(&self, vocab_size: usize) -> Result<()> {
         let fail = |message: String| Err(Error::Plan(message));
-        let ascending = self.sentence_offsets.is_sorted()
-            && self.sentence_offsets.first() == Some(&0)
-            && self.sentence_offsets.last().map(|&end| end as usize) == Some(self.tokens.len());
-        if !ascending {
-            return fail(format!("sentence_offsets must rise from 0 to the {} tokens", self.tokens.len()));
-        }
+        let covers = |offsets: &[u32], what: &str, end: usize| match offsets {
+            [0, .., last] if *last as usize == end && offsets.is_sorted_by(|a, b| a < b) => Ok(()),
+            _ => Err(Error::Plan(format!("{what} must rise from 0 to {end}"))),
+        };
+        covers(&self.sentence_offsets, "sentence_offsets", self.tokens.len())?;
+        covers(&self.chunk_offsets, "chunk_offsets", self.sentences())?;
         if self.question_start as usize >= self.tail.len() {
             return fail(format!(
                 "question_start is {}, but must be below the tail's {} tokens",
@@ -232,21 +245,7 @@ impl Plan {
         if self.topk == 0 || self.phrase_width == 0 {
             return fail("topk and phrase_width must be at least 1".into());
         }
-        let mut next = 0;
-        for (index, chunk) in self.chunks.iter().enumerate() {
-            if chunk.sentences.start != next || chunk.sentences.end <= next {
-                return fail(format!("chunk {index} must start at sentence {next} and hold at least one"));
-            }
-            if chunk.closing.is_empty() {
-                return fail(format!("the closing form of chunk {index} has no token"));
-            }
-            next = chunk.sentences.end;
-        }
-        if self.chunks.is_empty() || next as usize != self.sentences() {
-            return fail(format!("the chunks cover {next} of {} sentences", self.sentences()));
-        }
-        let closings = self.chunks.iter().flat_map(|chunk| &chunk.closing);
-        match self.tokens.iter().chain(&self.prefix).chain(&self.tail).chain(closings).max() {
+        match self.tokens.iter().chain(&self.prefix).chain(&self.tail).max() {
             Some(&id) if id as usize >= vocab_size => {
                 fail(format!("token {id} is beyond the vocabulary of {vocab_size}"))
             }
@@ -255,18 +254,33 @@ impl Plan {
     }
 }
 
-/// Fills chunks with whole sentences up to `window_length` tokens.
-fn chunk_sentences(sentence_offsets: &[u32], window_length: usize) -> Vec<Range<u32>> {
-    let mut chunks = Vec::new();
-    let mut start = 0;
-    for end in 1..sentence_offsets.len() {
-        let is_last = end + 1 == sentence_offsets.len();
-        if is_last || (sentence_offsets[end + 1] - sentence_offsets[start]) as usize > window_length {
-            chunks.push(start as u32..end as u32);
-            start = end;
+/// Fills chunks with whole sentences of the given `lengths` up to `window_length` tokens; a sentence that is `joined` to
+/// the one before does not start a chunk while the two fit one.
+///
+/// Each sentence but the first takes one token more than it has: the reference counts a separator that it never writes,
+/// and a chunk that ends elsewhere than the reference's keeps other sentences.
+fn chunk_offsets(lengths: &[usize], joined: &[bool], window_length: usize) -> Vec<u32> {
+    let mut offsets = vec![0];
+    let (mut counted, mut sentence) = (0, 0);
+    while sentence < lengths.len() {
+        let mut end = sentence + 1;
+        let mut unit = lengths[sentence];
+        while end < lengths.len() && joined[end] && unit + lengths[end] <= window_length {
+            unit += lengths[end];
+            end += 1;
         }
+        if sentence == 0 {
+            counted = unit;
+        } else if counted + 1 + unit <= window_length {
+            counted += 1 + unit;
+        } else {
+            offsets.push(sentence as u32);
+            counted = unit;
+        }
+        sentence = end;
     }
-    chunks
+    offsets.push(lengths.len() as u32);
+    offsets
 }
 
 #[cfg(test)]
@@ -275,8 +289,12 @@ mod tests {
 
     #[test]
     fn chunks_hold_whole_sentences_up_to_the_window() {
-        assert_eq!(chunk_sentences(&[0, 4, 8, 10, 20, 21], 10), [0..3, 3..4, 4..5]);
-        assert_eq!(chunk_sentences(&[0, 10, 20], 10), [0..1, 1..2]);
+        let apart = [false; 5];
+        assert_eq!(chunk_offsets(&[4, 4, 1, 10, 1], &apart, 10), [0, 2, 3, 4, 5]);
+        assert_eq!(chunk_offsets(&[4, 3, 1, 10, 1], &apart, 10), [0, 3, 4, 5]);
+        assert_eq!(chunk_offsets(&[10], &apart, 10), [0, 1]);
+        assert_eq!(chunk_offsets(&[4, 4, 3, 2], &[false, false, true, false], 10), [0, 1, 4]);
+        assert_eq!(chunk_offsets(&[6, 6, 6], &[false, true, true], 10), [0, 1, 2, 3], "a unit beyond the window");
     }
 
     #[test]
@@ -297,7 +315,7 @@ mod tests {
             question_start: 1,
             tokens: vec![4, 5, 6],
             sentence_offsets: vec![0, 1, 3],
-            chunks: vec![Chunk { sentences: 0..2, closing: vec![5, 6] }],
+            chunk_offsets: vec![0, 2],
             topk: 2,
             phrase_width: 1,
             max_retained: 8,
@@ -307,10 +325,10 @@ mod tests {
         assert!(good.validate(6).is_err(), "a token beyond the vocabulary");
         assert!(Plan { question_start: 2, ..good.clone() }.validate(7).is_err());
         assert!(Plan { sentence_offsets: vec![0, 2, 1, 3], ..good.clone() }.validate(7).is_err());
+        assert!(Plan { sentence_offsets: vec![0, 1, 1, 3], ..good.clone() }.validate(7).is_err(), "an empty sentence");
         assert!(Plan { sentence_offsets: vec![], ..good.clone() }.validate(7).is_err());
-        assert!(Plan { chunks: vec![], ..good.clone() }.validate(7).is_err());
-        let gap = Chunk { sentences: 1..2, closing: vec![5] };
-        assert!(Plan { chunks: vec![gap], ..good.clone() }.validate(7).is_err());
+        assert!(Plan { chunk_offsets: vec![], ..good.clone() }.validate(7).is_err());
+        assert!(Plan { chunk_offsets: vec![0, 1], ..good.clone() }.validate(7).is_err(), "a sentence left out");
         assert!(Plan { topk: 0, ..good }.validate(7).is_err());
     }
 }

@@ -54,7 +54,7 @@ fn the_almanac_answers_its_questions() {
 /// 16,000 tokens of the almanac with one sentence put between two others.
 #[test]
 fn a_needle_is_found_at_every_depth() {
-    const NEEDLE: &str = " The name of the harbor cat is Marmalade Jones.";
+    const NEEDLE: &str = " The capital of Farrowmere is Dovecot Hollow.";
     const TOKENS: usize = 16_000;
     let engine = engine();
     let text = almanac().repeat(2);
@@ -71,9 +71,9 @@ fn a_needle_is_found_at_every_depth() {
         let (before, behind) = sentences.split_at(sentences.len() * depth / 9);
         let haystack = [before.concat(), NEEDLE.into(), behind.concat()].concat();
         let document = Document::new("haystack", haystack).unwrap();
-        let answer = engine.ask(&document, "What is the name of the harbor cat?", &AskParams::default()).unwrap();
+        let answer = engine.ask(&document, "What is the capital of Farrowmere?", &AskParams::default()).unwrap();
         println!("depth {depth}/9: {:?}", answer.answer);
-        assert!(answer.answer.contains("Marmalade Jones"), "depth {depth}/9: {:?}", answer.answer);
+        assert!(answer.answer.contains("Dovecot Hollow"), "depth {depth}/9: {:?}", answer.answer);
     }
 }
 
@@ -84,8 +84,8 @@ fn share_in_common(a: &BTreeSet<&str>, b: &BTreeSet<&str>) -> f64 {
 
 /// Reads the document of a recorded run from scratch, as a user would, and compares what is left and the answer.
 ///
-/// The reference cuts its chunks elsewhere (it counts characters and tokenises joined text anew in each step), so that
-/// single sentences at the edge of the selection may differ.
+/// The reference tokenises joined text anew in each step, so that single sentences at the edge of the selection may
+/// differ.
 fn check_free_running(golden: &Golden) {
     let params = AskParams {
         read: ReadParams {
@@ -118,10 +118,9 @@ fn check_free_running(golden: &Golden) {
     assert!(agreement >= 0.9, "{}: {agreement}", golden.name);
 }
 
-/// Not the narrow recording: of the 17 sentences that it keeps, three at the edge are more than a tenth.
 #[test]
 fn reading_freely_ends_where_the_reference_does() {
-    check_free_running(&Golden::open(&root().join("tests/golden/almanac.safetensors")));
+    Golden::all(&root().join("tests/golden")).iter().for_each(check_free_running);
 }
 
 #[test]

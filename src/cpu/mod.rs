@@ -145,14 +145,13 @@ struct Prompt {
 
 impl Prompt {
     fn new(plan: &Plan, step: usize, kept: &[Kept]) -> Prompt {
-        let chunk = &plan.chunks[step];
-        let last = chunk.sentences.end - 1;
+        let chunk = plan.chunk(step);
         let mut tokens = plan.prefix.clone();
         let start = tokens.len();
-        let mut sentences = Vec::with_capacity(kept.len() + chunk.sentences.len());
-        for sentence in kept.iter().map(|kept| kept.sentence).chain(chunk.sentences.clone()) {
+        let mut sentences = Vec::with_capacity(kept.len() + chunk.len());
+        for sentence in kept.iter().map(|kept| kept.sentence).chain(chunk) {
             let from = tokens.len() - start;
-            tokens.extend_from_slice(if sentence == last { &chunk.closing } else { plan.sentence(sentence) });
+            tokens.extend_from_slice(plan.sentence(sentence));
             sentences.push(ContextSentence { sentence, tokens: from..tokens.len() - start });
         }
         let context = start..tokens.len();
@@ -179,7 +178,7 @@ impl Reader for CpuReader {
         let mut ws = Workspace::default();
         let mut question_weights = Vec::new();
         let mut gleaned = Gleaned { kept: Vec::new(), dropped_for_capacity: 0 };
-        for step in 0..plan.chunks.len() {
+        for step in 0..plan.chunks() {
             let prompt = Prompt::new(plan, step, &gleaned.kept);
             let question_start = prompt.context.end + plan.question_start as usize;
             let attention = decoder.question_attention(&mut ws, &prompt.tokens, question_start);
@@ -197,7 +196,7 @@ impl Reader for CpuReader {
                 .count();
             let report = StepReport {
                 step,
-                steps: plan.chunks.len(),
+                steps: plan.chunks(),
                 tokens: prompt.tokens.len(),
                 context_tokens: prompt.context.len(),
                 retained_tokens: gleaned.kept.iter().map(|kept| plan.sentence_len(kept.sentence)).sum(),

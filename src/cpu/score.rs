@@ -150,7 +150,7 @@ mod tests {
             question_start: 0,
             tokens: vec![0; 9],
             sentence_offsets: vec![0, 3, 6, 9],
-            chunks: vec![],
+            chunk_offsets: vec![],
             topk: 3,
             phrase_width: 1,
             max_retained: 6,
