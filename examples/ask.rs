@@ -1,4 +1,4 @@
-//! Asks a document a question: `cargo run --release --example ask -- examples/almanac.txt "What is the height of Old Marrow?"`
+//! Asks a document a question: `cargo run --release --example ask -- examples/almanac.txt "What is the name of the mayor of Pellinbridge?"`
 
 use gleaner::{AskParams, Device, Document, Engine, Progress};
 use std::ops::ControlFlow;

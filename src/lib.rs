@@ -11,7 +11,7 @@
 //! # fn main() -> gleaner::Result<()> {
 //! let engine = Engine::open("models/gleaner-demo-16m", Device::Auto)?;
 //! let document = Document::open("examples/almanac.txt")?;
-//! let answer = engine.ask(&document, "What is the height of Old Marrow?", &AskParams::default())?;
+//! let answer = engine.ask(&document, "What is the name of the mayor of Pellinbridge?", &AskParams::default())?;
 //! println!("{} (line {})", answer.answer, answer.evidence[0].line);
 //! # Ok(())
 //! # }
