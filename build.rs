@@ -6,7 +6,7 @@
 
 use std::env;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 
 /// Machine code for Ampere and Hopper, and PTX from which drivers make code for what came later. Code for 8.0 runs on
 /// 8.6 and 8.9 too.
@@ -110,39 +110,37 @@ fn compile(toolkit: &Toolkit, strict: bool) {
     sources.retain(|path| path.extension().is_some_and(|extension| extension == "cu"));
     sources.sort();
 
-    // The one way to tell cc about nvcc: a compiler path given to it is taken for gcc.
-    #[allow(unsafe_code)]
-    // SAFETY: the build script has one thread.
-    unsafe {
-        env::set_var("NVCC", &toolkit.nvcc);
-    }
-    let mut build = cc::Build::new();
-    build
-        .cuda(true)
-        .cudart("none")
-        // -G, which cc adds to debug builds, would take the optimiser away from the kernels.
-        .debug(false)
-        .opt_level(3)
-        .std("c++17")
-        .include(&toolkit.include_dir)
-        .flag("-lineinfo")
-        .files(&sources);
-    for (arch, code) in ARCHITECTURES {
-        build.flag(format!("-gencode=arch={arch},code={code}"));
-    }
-    if strict {
-        build.flag("-Werror=all-warnings").flag("-Xptxas=-Werror,-warn-spills,-warn-lmem-usage");
-    }
-    build.compile("gleaner_kernels");
+    // nvcc is called here rather than by cc, which compiles relocatable device code: calls where inlining belongs.
+    let out_dir = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    let object = |source: &Path| out_dir.join(source.file_name().expect("a file")).with_extension("o");
+    let nvcc = |source: &Path| {
+        let mut nvcc = Command::new(&toolkit.nvcc);
+        nvcc.args(["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-Wall,-Wextra", "-c"]);
+        nvcc.arg("-I").arg(&toolkit.include_dir);
+        nvcc.args(ARCHITECTURES.map(|(arch, code)| format!("-gencode=arch={arch},code={code}")));
+        if strict {
+            nvcc.args(["-Werror=all-warnings", "-Xptxas=-Werror,-warn-spills,-warn-lmem-usage"]);
+        }
+        nvcc.arg(source).arg("-o").arg(object(source)).output()
+    };
+    std::thread::scope(|scope| {
+        let threads = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1);
+        let per_thread = sources.len().div_ceil(threads);
+        for share in sources.chunks(per_thread.max(1)) {
+            scope.spawn(move || share.iter().for_each(|source| report(source, nvcc(source))));
+        }
+    });
+    let mut archive = cc::Build::new();
+    archive.cpp(true).objects(sources.iter().map(|source| object(source))).compile("gleaner_kernels");
     println!("cargo:rustc-link-search=native={}", toolkit.library_dir.display());
     for library in ["static=cudart_static", "dl", "pthread", "rt"] {
         println!("cargo:rustc-link-lib={library}");
     }
 
-    let out_dir = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     bindgen::Builder::default()
         .header("kernels/kernels.h")
         .allowlist_function("gleaner_.*")
+        .allowlist_var("GLEANER_.*")
         .generate()
         .and_then(|bindings| {
             bindings
@@ -150,4 +148,16 @@ fn compile(toolkit: &Toolkit, strict: bool) {
                 .map_err(|error| bindgen::BindgenError::ClangDiagnostic(error.to_string()))
         })
         .expect("kernels.h is plain C");
+}
+
+/// Ends the build if nvcc failed on `source`, with its own words.
+fn report(source: &Path, result: std::io::Result<Output>) {
+    match result {
+        Ok(output) if output.status.success() => {}
+        Ok(output) => {
+            let words = [output.stdout, output.stderr].concat();
+            panic!("nvcc failed on {}:\n{}", source.display(), String::from_utf8_lossy(&words));
+        }
+        Err(error) => panic!("nvcc does not start: {error}"),
+    }
 }

@@ -10,7 +10,7 @@ mkdir -p benches/results
 {
     echo "date:    $(date -u +%F)"
     echo "device:  $(lscpu | sed -n 's/^Model name: *//p' | head -1), $(nproc) cores$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null | sed 's/^/; /')"
-    echo "commit:  ${GLEANER_COMMIT:-$(git describe --always --dirty)}"
+    echo "commit:  ${GLEANER_COMMIT:-$(git describe --always)$(git diff --quiet HEAD -- . ":!benches/results" || echo -dirty)}"
     echo "command: $*"
     echo
     "$@" 2>&1

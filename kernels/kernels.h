@@ -15,9 +15,144 @@ extern "C" {
 const char *gleaner_error_string(int32_t status);
 
 // out[r, :] = x[r, :] / sqrt(mean(x[r, :]^2) + eps) * weight
-// out, x: bf16 [rows, hidden_size]; weight: bf16 [hidden_size]; hidden_size a multiple of 8.
-int32_t gleaner_rms_norm(void *out, const void *x, const void *weight, int32_t rows, int32_t hidden_size, float eps,
-                         void *stream);
+// out, x: bf16 [rows, hidden_size]; weight: bf16 [hidden_size]; hidden_size a multiple of 8. rows: a device integer of
+// at most max_rows.
+int32_t gleaner_rms_norm(void *out, const void *x, const void *weight, const int32_t *rows, int32_t max_rows,
+                         int32_t hidden_size, float eps, void *stream);
+
+// Linear layers: weight [n, k], bias [n] or null, a [rows, k], all bf16; n a multiple of 16, k of 8. rows is a device
+// integer of at most max_rows; rows beyond it are neither read nor written.
+
+// x [rows, n] += a weight^T + bias
+int32_t gleaner_gemm_residual(void *x, const void *a, const void *weight, const void *bias, const int32_t *rows,
+                              int32_t max_rows, int32_t n, int32_t k, void *stream);
+
+// out [rows, n / 2] = silu(gate) * up, where the rows of weight and bias come as 8 of the gate, 8 of up, and so on
+int32_t gleaner_gemm_swiglu(void *out, const void *a, const void *weight, const void *bias, const int32_t *rows,
+                            int32_t max_rows, int32_t n, int32_t k, void *stream);
+
+// out [rows, n] = a[row_start..] weight^T + bias, the heads in the columns below rope_columns rotated by their position,
+// row_start + row. Dimensions of such heads come as 8 of the lower half, 8 of the upper, and so on, in weight, bias and
+// out. table: float2 (cosine, sine) [positions, head_dim / 2]. row_start: device integer, or null for 0.
+int32_t gleaner_gemm_rope(void *out, const void *a, const void *weight, const void *bias, const void *table,
+                          const int32_t *rows, const int32_t *row_start, int32_t max_rows, int32_t n, int32_t k,
+                          int32_t head_dim, int32_t rope_columns, void *stream);
+
+// The same for one row, a [k]: out fp32 [n].
+int32_t gleaner_gemv_logits(float *out, const void *a, const void *weight, int32_t n, int32_t k, void *stream);
+
+// x [n] += a weight^T + bias
+int32_t gleaner_gemv_residual(void *x, const void *a, const void *weight, const void *bias, int32_t n, int32_t k,
+                              void *stream);
+
+// out [n / 2], as gleaner_gemm_swiglu
+int32_t gleaner_gemv_swiglu(void *out, const void *a, const void *weight, const void *bias, int32_t n, int32_t k,
+                            void *stream);
+
+// Row *out_row of out [*, n], as gleaner_gemm_rope; *out_row is its position.
+int32_t gleaner_gemv_rope(void *out, const void *a, const void *weight, const void *bias, const void *table,
+                          const int32_t *out_row, int32_t n, int32_t k, int32_t head_dim, int32_t rope_columns,
+                          void *stream);
+
+// Qwen3, in place: the first `heads` heads of rows first_row.. of x [*, stride] are normalised, the first q_heads of
+// them with q_norm [head_dim], the others with k_norm, and rotated by their position, row_start + row of x. Dimensions
+// and table as in gleaner_gemm_rope. first_row, row_start: device integers, or null for 0.
+int32_t gleaner_head_norm(void *x, const void *q_norm, const void *k_norm, const void *table, const int32_t *rows,
+                          const int32_t *row_start, const int32_t *first_row, int32_t max_rows, int32_t stride,
+                          int32_t q_heads, int32_t heads, int32_t head_dim, float eps, void *stream);
+
+// out [num_heads * head_dim]: the row at *position of qkv over the rows up to it, as gleaner_attention.
+int32_t gleaner_decode_attention(void *out, const void *qkv, const int32_t *position, int32_t num_heads,
+                                 int32_t num_kv_heads, int32_t head_dim, int32_t window, void *stream);
+
+// out [rows, num_heads * head_dim] = softmax(q k^T / sqrt(head_dim)) v, causal; qkv [rows, (num_heads + 2 *
+// num_kv_heads) * head_dim], bf16. head_dim 64 or 128. window: keys a row may attend to, itself included; 0 for all.
+int32_t gleaner_attention(void *out, const void *qkv, const int32_t *rows, int32_t max_rows, int32_t num_heads,
+                          int32_t num_kv_heads, int32_t head_dim, int32_t window, void *stream);
+
+// Where the reading of a document stands.
+typedef struct {
+    int32_t chunk;              // of the prompt that lies ready
+    int32_t tokens;             // of that prompt; 0: nothing is left to do
+    int32_t context_tokens;
+    int32_t context_sentences;
+    int32_t question_offset;    // tokens between the context and the first question row
+    int32_t question_start;     // the first question row
+    int32_t question_rows;
+    int32_t kept;               // sentences
+    int32_t kept_tokens;
+    int32_t dropped_for_capacity;  // sentences, over all steps
+    int32_t error;              // GLEANER_ERROR_*
+} GleanerState;
+
+#define GLEANER_ERROR_NOT_FINITE 1  // a score was infinite or not a number
+#define GLEANER_ERROR_CAPACITY 2    // a prompt was longer than max_tokens
+
+// A reading plan, as device tables.
+typedef struct {
+    const uint32_t *tokens;            // of all sentences
+    const uint32_t *sentence_offsets;  // [sentences + 1]
+    const uint32_t *chunk_offsets;     // [chunks + 1]
+    const uint32_t *prefix, *tail;
+    int32_t prefix_len, tail_len;
+    int32_t question_start;            // in the tail
+    int32_t chunks, topk, phrase_width, max_retained;
+} GleanerPlan;
+
+// A sentence that owned one of a step's best tokens.
+typedef struct {
+    uint32_t sentence;
+    uint32_t kept;   // 1, or 0 if it was dropped for max_retained
+    float score;
+} GleanerSelected;
+
+// What a step did.
+typedef struct {
+    int32_t tokens, context_tokens;
+    int32_t selected;   // entries in its log
+    int32_t kept_tokens;
+} GleanerStep;
+
+// What the steps of a document share, on the device; arrays have max_tokens elements where nothing else is said.
+typedef struct {
+    GleanerState *state;
+    uint32_t *prompt;       // the step's tokens
+    int32_t *owner;         // position in `sentences` of the one that owns a context token
+    uint32_t *sentences;    // of the context
+    int32_t *starts;        // first context token of each
+    double *scores;         // of context tokens, before the filter
+    float *phrase_scores;   // behind it
+    uint32_t *best;         // bits of each sentence's best score
+    int32_t *selected;      // whether a sentence owns one of the best tokens
+    uint32_t *kept;         // sentences, ascending
+    GleanerSelected *log;   // [chunks, max_log], each step's in order of sentence
+    GleanerStep *step_log;  // [chunks]
+    int32_t max_tokens;
+    int32_t max_log;        // at least topk, or max_tokens
+} GleanerLoop;
+
+// Clears the state and writes the first step's prompt.
+int32_t gleaner_start(const GleanerLoop *loop, const GleanerPlan *plan, void *stream);
+
+// Logits of the question rows to all keys, and per block of 128 keys (maximum, sum of exponentials).
+// logits: fp32 [num_heads, max_rows, max_tokens]; stats: float2 [num_heads, max_rows, ceil(max_tokens / 128)];
+// q: bf16 [question_rows, num_heads * head_dim]; k: bf16 [tokens, num_kv_heads * head_dim]; head_dim 64 or 128.
+int32_t gleaner_question_logits(float *logits, void *stats, const void *q, const void *k, const GleanerState *state,
+                                int32_t max_rows, int32_t max_tokens, int32_t num_heads, int32_t num_kv_heads,
+                                int32_t head_dim, int32_t window, void *stream);
+
+// head_sums: fp32 [max_rows, max_tokens], probabilities summed over heads; row_weights: fp32 [max_rows], written in the
+// first step and read in later ones; scores: fp64 [context_tokens], sum over rows of weight^2 * head_sums.
+int32_t gleaner_question_scores(double *scores, float *head_sums, float *row_weights, const float *logits,
+                                const void *stats, const GleanerState *state, int32_t max_rows, int32_t max_tokens,
+                                int32_t num_heads, void *stream);
+
+// From `scores` to `kept`, the log and the next step's prompt.
+int32_t gleaner_select(const GleanerLoop *loop, const GleanerPlan *plan, void *stream);
+
+// x [rows, hidden_size] = embedding[prompt], bf16
+int32_t gleaner_embed(void *x, const uint32_t *prompt, const void *embedding, const int32_t *rows, int32_t max_rows,
+                      int32_t hidden_size, void *stream);
 
 #ifdef __cplusplus
 }

@@ -26,7 +26,8 @@ __device__ float block_sum(float value) {
 
 __global__ void __launch_bounds__(kThreads)
     rms_norm_kernel(uint4 *__restrict__ out, const uint4 *__restrict__ x, const uint4 *__restrict__ weight,
-                    int hidden_size, float eps) {
+                    const int32_t *rows, int hidden_size, float eps) {
+    if (static_cast<int>(blockIdx.x) >= *rows) return;
     const int vectors = hidden_size / kVector;
     const size_t row = static_cast<size_t>(blockIdx.x) * vectors;
 
@@ -52,10 +53,10 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-extern "C" int32_t gleaner_rms_norm(void *out, const void *x, const void *weight, int32_t rows, int32_t hidden_size,
-                                    float eps, void *stream) {
-    if (rows == 0) return cudaSuccess;
-    rms_norm_kernel<<<rows, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        static_cast<uint4 *>(out), static_cast<const uint4 *>(x), static_cast<const uint4 *>(weight), hidden_size, eps);
+extern "C" int32_t gleaner_rms_norm(void *out, const void *x, const void *weight, const int32_t *rows,
+                                    int32_t max_rows, int32_t hidden_size, float eps, void *stream) {
+    rms_norm_kernel<<<max_rows, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+        static_cast<uint4 *>(out), static_cast<const uint4 *>(x), static_cast<const uint4 *>(weight), rows, hidden_size,
+        eps);
     return cudaGetLastError();
 }

@@ -77,14 +77,19 @@ impl Engine {
     /// [`Error::Io`], [`Error::ModelFile`], [`Error::MissingTensor`], [`Error::TensorShape`], [`Error::Template`] for
     /// what is wrong with the directory, [`Error::Device`] if the device cannot be used.
     pub fn open(model_dir: impl AsRef<Path>, device: Device) -> Result<Engine> {
+        // A device that is not there is the first thing to say: a model may take long to open.
         if let Device::Cuda(ordinal) = device {
-            cuda::reader(ordinal)?;
+            cuda::describe(ordinal)?;
         }
         let model_dir = model_dir.as_ref();
         let model = Arc::new(Model::open(model_dir)?);
         let tokenizer = Tokenizer::open(&model_dir.join("tokenizer.json"), model.config.vocab_size)?;
         let chat = ChatTemplate::open(model_dir)?;
-        let reader = Box::new(CpuReader::new(model.clone()));
+        let reader = match device {
+            Device::Cuda(ordinal) => cuda::reader(ordinal, model.clone())?,
+            Device::Auto => cuda::reader(0, model.clone()).unwrap_or_else(|_| Box::new(CpuReader::new(model.clone()))),
+            Device::Cpu => Box::new(CpuReader::new(model.clone())),
+        };
         Ok(Engine { model, tokenizer, chat, reader })
     }
 

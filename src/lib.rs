@@ -53,6 +53,7 @@ mod error;
 pub mod model;
 pub mod plan;
 pub mod reader;
+mod sample;
 pub mod text;
 
 pub use answer::{Answer, DocumentFigures, Evidence, ParamFigures, Timing};

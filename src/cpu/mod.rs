@@ -4,7 +4,6 @@ mod attention;
 mod forward;
 mod gemm;
 mod math;
-mod sample;
 mod score;
 
 use std::ops::{ControlFlow, Range};
@@ -16,6 +15,7 @@ use score::{ContextSentence, QuestionAttention, select_sentences, top_k};
 use crate::model::Model;
 use crate::plan::Plan;
 use crate::reader::{Gleaned, Kept, Reader, Sampling, StepReport, TopToken};
+use crate::sample::sample;
 use crate::{Error, Result};
 
 /// Reads with plain fp32 arithmetic on all cores.
@@ -226,8 +226,7 @@ impl Reader for CpuReader {
         let mut answer = Vec::new();
         loop {
             let logits = decoder.logits(&mut ws, &hidden);
-            let token =
-                sample::sample(&logits, sampling, answer.len()).ok_or(Error::NotFinite { step: answer.len() })?;
+            let token = sample(&logits, sampling, answer.len()).ok_or(Error::NotFinite { step: answer.len() })?;
             if self.model.generation_config.eos_token_id.contains(&token) {
                 return Ok(answer);
             }

@@ -19,7 +19,7 @@ pub struct CudaDevice {
     ordinal: usize,
 }
 
-fn driver_error(what: &str, error: DriverError) -> Error {
+pub(super) fn driver_error(what: &str, error: DriverError) -> Error {
     Error::Cuda { op: what.into(), message: error.to_string() }
 }
 
@@ -27,6 +27,13 @@ fn driver_error(what: &str, error: DriverError) -> Error {
 fn driver_is_present() -> bool {
     // SAFETY: only tries to load the driver's library; cudarc's other calls would panic without it.
     unsafe { cudarc::driver::sys::is_culib_present() }
+}
+
+#[allow(unsafe_code)]
+fn disable_event_tracking(context: &CudaContext) {
+    // SAFETY: the events order work between streams; every buffer made through this context is used on the one stream
+    // of its `CudaDevice`.
+    unsafe { context.disable_event_tracking() }
 }
 
 impl CudaDevice {
@@ -50,6 +57,7 @@ impl CudaDevice {
             )));
         }
         let context = CudaContext::new(ordinal).map_err(|error| driver_error("opening the GPU", error))?;
+        disable_event_tracking(&context);
         let stream = context.new_stream().map_err(|error| driver_error("creating a stream", error))?;
         let device = CudaDevice { context, stream, ordinal };
         let (major, minor) = device.compute_capability()?;
@@ -65,6 +73,41 @@ impl CudaDevice {
     /// Its stream; every operation of this crate runs on it.
     pub fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
+    }
+
+    /// Makes its context the calling thread's, which the kernels' launches rely on.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`].
+    pub fn bind(&self) -> Result<()> {
+        self.context.bind_to_thread().map_err(|error| driver_error("selecting the GPU", error))
+    }
+
+    /// Waits for everything on its stream.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`], a kernel's failure among them.
+    pub fn synchronize(&self) -> Result<()> {
+        self.stream.synchronize().map_err(|error| driver_error("waiting for the GPU", error))
+    }
+
+    /// Checks that so much memory is free, before work that needs it starts.
+    ///
+    /// # Errors
+    /// [`Error::Device`] with both numbers.
+    pub fn check_free(&self, bytes: u64) -> Result<()> {
+        let (free, _) =
+            self.context.mem_get_info().map_err(|error| driver_error("asking for the GPU's memory", error))?;
+        if bytes <= free as u64 {
+            return Ok(());
+        }
+        let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+        Err(Error::Device(format!(
+            "cuda:{} has {} MiB free, but {} are needed; lower the window or max_retained, or use --device cpu",
+            self.ordinal,
+            mib(free as u64),
+            mib(bytes)
+        )))
     }
 
     /// Major and minor compute capability.

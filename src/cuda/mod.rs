@@ -6,12 +6,24 @@ mod device;
 #[allow(unsafe_code)]
 mod ffi;
 #[cfg(gleaner_cuda)]
+mod model;
+#[cfg(gleaner_cuda)]
 pub mod ops;
+#[cfg(gleaner_cuda)]
+mod reader;
+
+use std::sync::Arc;
 
 #[cfg(gleaner_cuda)]
 pub use device::CudaDevice;
+#[cfg(gleaner_cuda)]
+pub use reader::CudaReader;
 
-use crate::{Error, Result};
+#[cfg(not(gleaner_cuda))]
+use crate::Error;
+use crate::Result;
+use crate::model::Model;
+use crate::reader::Reader;
 
 /// Whether this build holds the CUDA kernels.
 pub const BUILT: bool = cfg!(gleaner_cuda);
@@ -19,27 +31,35 @@ pub const BUILT: bool = cfg!(gleaner_cuda);
 /// The architectures the kernels were compiled for, as build.rs chose them; empty without kernels.
 pub const ARCHITECTURES: &str = env!("GLEANER_CUDA_ARCHITECTURES");
 
-/// The reader on GPU `ordinal`.
+/// The reader of `model` on GPU `ordinal`.
 ///
 /// # Errors
-/// [`Error::Device`]: this build has no kernels, the machine has no driver or no such GPU, or the GPU is too old; and,
-/// for now, on any GPU, because the CUDA reader is not written yet.
-pub(crate) fn reader(ordinal: usize) -> Result<()> {
-    let device = describe(ordinal)?;
-    Err(Error::Device(format!(
-        "{device} is usable, but this version reads documents on the CPU only; use --device cpu"
-    )))
+/// [`crate::Error::Device`]: this build has no kernels, the machine has no driver or no such GPU, the GPU is too old, or the
+/// model's shape is not one the kernels serve; [`crate::Error::Cuda`].
+pub(crate) fn reader(ordinal: usize, model: Arc<Model>) -> Result<Box<dyn Reader>> {
+    #[cfg(gleaner_cuda)]
+    return Ok(Box::new(CudaReader::new(CudaDevice::open(ordinal)?, model)?));
+    #[cfg(not(gleaner_cuda))]
+    {
+        drop(model);
+        Err(not_built(ordinal))
+    }
+}
+
+#[cfg(not(gleaner_cuda))]
+fn not_built(ordinal: usize) -> Error {
+    Error::Device(format!(
+        "this build of gleaner is CPU-only, so cuda:{ordinal} cannot be used: no CUDA toolkit was found when it was built; install CUDA 12.8 or newer, set CUDA_HOME, and build again"
+    ))
 }
 
 /// Name, compute capability and memory of GPU `ordinal`, for people.
 ///
 /// # Errors
-/// [`Error::Device`] if it cannot be used, with the reason.
+/// [`crate::Error::Device`] if it cannot be used, with the reason.
 pub fn describe(ordinal: usize) -> Result<String> {
     #[cfg(gleaner_cuda)]
     return CudaDevice::open(ordinal)?.describe();
     #[cfg(not(gleaner_cuda))]
-    Err(Error::Device(format!(
-        "this build of gleaner is CPU-only, so cuda:{ordinal} cannot be used: no CUDA toolkit was found when it was built; install CUDA 12.8 or newer, set CUDA_HOME, and build again"
-    )))
+    Err(not_built(ordinal))
 }

@@ -1,0 +1,377 @@
+//! Checked wrappers of the launchers in `kernels/`, one per op: shapes are checked here, errors carry the op and its
+//! dimensions, and nothing is allocated or waited for.
+#![allow(unsafe_code)]
+
+mod decode;
+mod steps;
+
+pub use steps::{DevicePlan, StepBuffers, state};
+
+use std::ffi::{CStr, c_int, c_void};
+
+use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
+use half::bf16;
+
+use crate::cuda::{CudaDevice, ffi};
+use crate::{Error, Result};
+
+/// How many rows of a buffer are live: a number that lies on the device, so that one recorded launch serves any length.
+#[derive(Clone, Copy)]
+pub struct Rows<'a> {
+    /// Device integers, written by this crate's kernels or by the caller.
+    pub ints: &'a CudaSlice<i32>,
+    /// Which of them is the count. It never exceeds `max`.
+    pub index: usize,
+    /// Rows that the buffers hold.
+    pub max: usize,
+}
+
+/// A device integer that shifts rows or positions.
+#[derive(Clone, Copy)]
+pub struct Shift<'a> {
+    /// Device integers.
+    pub ints: &'a CudaSlice<i32>,
+    /// Which of them is meant.
+    pub index: usize,
+}
+
+/// A matrix `[n, k]` and its bias `[n]`.
+pub struct DeviceLinear {
+    /// `[n, k]`
+    pub weight: CudaSlice<bf16>,
+    /// `[n]`
+    pub bias: Option<CudaSlice<bf16>>,
+    /// Outputs, a multiple of 16.
+    pub n: usize,
+    /// Inputs, a multiple of 8.
+    pub k: usize,
+}
+
+/// Heads that are rotated by their row's position.
+#[derive(Clone, Copy)]
+pub struct Rotation<'a> {
+    /// Cosine and sine by turns, `[positions, head_dim / 2, 2]`.
+    pub table: &'a CudaSlice<f32>,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Heads in the columns below this are rotated.
+    pub columns: usize,
+}
+
+/// Geometry of an attention layer.
+#[derive(Clone, Copy)]
+pub struct Heads {
+    /// Query heads.
+    pub q: usize,
+    /// Key and value heads.
+    pub kv: usize,
+    /// Width of a head, 64 or 128.
+    pub dim: usize,
+    /// Keys a row may attend to, itself included; 0 for all.
+    pub window: usize,
+}
+
+impl Heads {
+    /// Columns of a buffer of queries, keys and values.
+    pub fn qkv_columns(&self) -> usize {
+        (self.q + 2 * self.kv) * self.dim
+    }
+}
+
+/// Turns a launcher's status into an error that names `op`.
+fn check(status: c_int, op: impl FnOnce() -> String) -> Result<()> {
+    if status == 0 {
+        return Ok(());
+    }
+    // SAFETY: takes any integer and returns a static string.
+    let message = unsafe { CStr::from_ptr(ffi::gleaner_error_string(status)) };
+    Err(Error::Cuda { op: op(), message: message.to_string_lossy().into_owned() })
+}
+
+fn require(holds: bool, op: impl FnOnce() -> String, message: &str) -> Result<()> {
+    if holds { Ok(()) } else { Err(Error::Cuda { op: op(), message: message.into() }) }
+}
+
+impl CudaDevice {
+    /// The address of a buffer. All work of this crate on a device is on one stream, in order, so that no event has to
+    /// guard it.
+    fn address<T>(&self, slice: &CudaSlice<T>) -> *const c_void {
+        slice.device_ptr(self.stream()).0 as *const c_void
+    }
+
+    fn address_mut<T>(&self, slice: &mut CudaSlice<T>) -> *mut c_void {
+        slice.device_ptr_mut(self.stream()).0 as *mut c_void
+    }
+
+    fn int(&self, ints: &CudaSlice<i32>, index: usize) -> Result<*const i32> {
+        require(index < ints.len(), || "a device integer".into(), "its index is beyond the buffer")?;
+        Ok((self.address(ints) as *const i32).wrapping_add(index))
+    }
+
+    fn count(&self, rows: Rows) -> Result<*const i32> {
+        self.int(rows.ints, rows.index)
+    }
+
+    fn shift(&self, shift: Option<Shift>) -> Result<*const i32> {
+        shift.map_or(Ok(std::ptr::null()), |shift| self.int(shift.ints, shift.index))
+    }
+
+    fn raw_stream(&self) -> *mut c_void {
+        self.stream().cu_stream() as *mut c_void
+    }
+
+    fn bias(&self, linear: &DeviceLinear) -> *const c_void {
+        linear.bias.as_ref().map_or(std::ptr::null(), |bias| self.address(bias))
+    }
+
+    /// Checks a linear layer against its operands.
+    fn check_linear(
+        &self,
+        op: &dyn Fn() -> String,
+        out: usize,
+        a: usize,
+        linear: &DeviceLinear,
+        rows: usize,
+    ) -> Result<()> {
+        let (n, k) = (linear.n, linear.k);
+        require(n > 0 && n.is_multiple_of(16) && n < 1 << 24, op, "n must be a multiple of 16 below 2^24")?;
+        require(k > 0 && k.is_multiple_of(8) && k < 1 << 24, op, "k must be a multiple of 8 below 2^24")?;
+        require(rows < 1 << 20, op, "at most 1048575 rows")?;
+        require(linear.weight.len() >= n * k, op, "the weight is smaller than [n, k]")?;
+        require(linear.bias.as_ref().is_none_or(|bias| bias.len() >= n), op, "the bias is smaller than [n]")?;
+        require(out >= rows * n && a >= rows * k, op, "a buffer is smaller than its rows")
+    }
+
+    /// `out = x / sqrt(mean(x^2) + eps) * weight` for each row; `out` and `x` are `[rows, hidden_size]`, `weight` is
+    /// `[hidden_size]`. Arithmetic in fp32, one rounding to bf16 at the end.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] if a buffer is too small, `hidden_size` is not a multiple of 8, or the launch fails.
+    pub fn rms_norm(
+        &self,
+        out: &mut CudaSlice<bf16>,
+        x: &CudaSlice<bf16>,
+        weight: &CudaSlice<bf16>,
+        rows: Rows,
+        hidden_size: usize,
+        eps: f32,
+    ) -> Result<()> {
+        let op = || format!("rms_norm [{}, {hidden_size}]", rows.max);
+        let valid = hidden_size > 0 && hidden_size.is_multiple_of(8) && hidden_size < 1 << 20 && rows.max < 1 << 20;
+        require(valid, op, "hidden_size must be a multiple of 8 below 1048576, with fewer than 1048576 rows")?;
+        let elements = rows.max * hidden_size;
+        let fits = out.len() >= elements && x.len() >= elements && weight.len() >= hidden_size;
+        require(fits, op, "a buffer is smaller than its rows")?;
+        let count = self.count(rows)?;
+        // SAFETY: the buffers live on this stream's device and hold the rows that the kernel touches (checked above);
+        // allocations are aligned to 256 bytes, so rows of a multiple of 8 elements are aligned for 16-byte loads.
+        check(
+            unsafe {
+                ffi::gleaner_rms_norm(
+                    self.address_mut(out),
+                    self.address(x),
+                    self.address(weight),
+                    count,
+                    rows.max as c_int,
+                    hidden_size as c_int,
+                    eps,
+                    self.raw_stream(),
+                )
+            },
+            op,
+        )
+    }
+
+    /// `x = embedding[prompt]`; `x` is `[rows, hidden_size]`, `embedding` is `[vocab_size, hidden_size]`. The ids of
+    /// `prompt` must be below `vocab_size`.
+    ///
+    /// # Errors
+    /// As [`CudaDevice::rms_norm`].
+    pub fn embed(
+        &self,
+        x: &mut CudaSlice<bf16>,
+        prompt: &CudaSlice<u32>,
+        embedding: &CudaSlice<bf16>,
+        rows: Rows,
+        hidden_size: usize,
+    ) -> Result<()> {
+        let op = || format!("embed [{}, {hidden_size}]", rows.max);
+        require(
+            hidden_size > 0 && hidden_size.is_multiple_of(8) && hidden_size < 1 << 20,
+            op,
+            "hidden_size must be a multiple of 8",
+        )?;
+        require(
+            x.len() >= rows.max * hidden_size && prompt.len() >= rows.max,
+            op,
+            "a buffer is smaller than its rows",
+        )?;
+        require(embedding.len() >= hidden_size, op, "the embedding is empty")?;
+        let count = self.count(rows)?;
+        // SAFETY: as in `rms_norm`; ids were checked against the embedding when the plan or prompt was validated.
+        check(
+            unsafe {
+                ffi::gleaner_embed(
+                    self.address_mut(x),
+                    self.address(prompt) as *const u32,
+                    self.address(embedding),
+                    count,
+                    rows.max as c_int,
+                    hidden_size as c_int,
+                    self.raw_stream(),
+                )
+            },
+            op,
+        )
+    }
+
+    /// `x += a weight^T + bias`; `x` is `[rows, n]`, `a` is `[rows, k]`.
+    ///
+    /// # Errors
+    /// As [`CudaDevice::rms_norm`].
+    pub fn gemm_residual(
+        &self,
+        x: &mut CudaSlice<bf16>,
+        a: &CudaSlice<bf16>,
+        linear: &DeviceLinear,
+        rows: Rows,
+    ) -> Result<()> {
+        let op = || format!("gemm_residual [{}, {}, {}]", rows.max, linear.n, linear.k);
+        self.check_linear(&op, x.len(), a.len(), linear, rows.max)?;
+        let count = self.count(rows)?;
+        // SAFETY: as in `rms_norm`, with the shapes that `check_linear` checked.
+        check(
+            unsafe {
+                ffi::gleaner_gemm_residual(
+                    self.address_mut(x),
+                    self.address(a),
+                    self.address(&linear.weight),
+                    self.bias(linear),
+                    count,
+                    rows.max as c_int,
+                    linear.n as c_int,
+                    linear.k as c_int,
+                    self.raw_stream(),
+                )
+            },
+            op,
+        )
+    }
+
+    /// `out = silu(gate) * up`, `[rows, n / 2]`; the rows of the weight come as 8 of the gate, 8 of up, and so on.
+    ///
+    /// # Errors
+    /// As [`CudaDevice::rms_norm`].
+    pub fn gemm_swiglu(
+        &self,
+        out: &mut CudaSlice<bf16>,
+        a: &CudaSlice<bf16>,
+        linear: &DeviceLinear,
+        rows: Rows,
+    ) -> Result<()> {
+        let op = || format!("gemm_swiglu [{}, {}, {}]", rows.max, linear.n, linear.k);
+        self.check_linear(&op, out.len() * 2, a.len(), linear, rows.max)?;
+        let count = self.count(rows)?;
+        // SAFETY: as in `rms_norm`, with the shapes that `check_linear` checked.
+        check(
+            unsafe {
+                ffi::gleaner_gemm_swiglu(
+                    self.address_mut(out),
+                    self.address(a),
+                    self.address(&linear.weight),
+                    self.bias(linear),
+                    count,
+                    rows.max as c_int,
+                    linear.n as c_int,
+                    linear.k as c_int,
+                    self.raw_stream(),
+                )
+            },
+            op,
+        )
+    }
+
+    /// `out = a[first..] weight^T + bias`, `[rows, n]`, with heads rotated by their row of `a`. `first` is a device
+    /// integer; `a` holds `first + rows` rows.
+    ///
+    /// # Errors
+    /// As [`CudaDevice::rms_norm`].
+    pub fn gemm_rope(
+        &self,
+        out: &mut CudaSlice<bf16>,
+        a: &CudaSlice<bf16>,
+        linear: &DeviceLinear,
+        rotation: Rotation,
+        rows: Rows,
+        first: Option<Shift>,
+    ) -> Result<()> {
+        let op = || format!("gemm_rope [{}, {}, {}]", rows.max, linear.n, linear.k);
+        self.check_linear(&op, out.len(), a.len(), linear, rows.max)?;
+        check_rotation(&op, rotation, linear.n, rows.max)?;
+        let (count, first) = (self.count(rows)?, self.shift(first)?);
+        // SAFETY: as in `rms_norm`, with the shapes that `check_linear` and `check_rotation` checked.
+        check(
+            unsafe {
+                ffi::gleaner_gemm_rope(
+                    self.address_mut(out),
+                    self.address(a),
+                    self.address(&linear.weight),
+                    self.bias(linear),
+                    self.address(rotation.table),
+                    count,
+                    first,
+                    rows.max as c_int,
+                    linear.n as c_int,
+                    linear.k as c_int,
+                    rotation.head_dim as c_int,
+                    rotation.columns as c_int,
+                    self.raw_stream(),
+                )
+            },
+            op,
+        )
+    }
+
+    /// Causal attention; `out` is `[rows, q * dim]`, `qkv` is `[rows, (q + 2 kv) * dim]`.
+    ///
+    /// # Errors
+    /// As [`CudaDevice::rms_norm`]; `dim` must be 64 or 128.
+    pub fn attention(&self, out: &mut CudaSlice<bf16>, qkv: &CudaSlice<bf16>, heads: Heads, rows: Rows) -> Result<()> {
+        let op = || format!("attention [{}, {} of {} heads of {}]", rows.max, heads.q, heads.kv, heads.dim);
+        check_heads(&op, heads)?;
+        let fits = out.len() >= rows.max * heads.q * heads.dim && qkv.len() >= rows.max * heads.qkv_columns();
+        require(fits, op, "a buffer is smaller than its rows")?;
+        let count = self.count(rows)?;
+        // SAFETY: as in `rms_norm`.
+        check(
+            unsafe {
+                ffi::gleaner_attention(
+                    self.address_mut(out),
+                    self.address(qkv),
+                    count,
+                    rows.max as c_int,
+                    heads.q as c_int,
+                    heads.kv as c_int,
+                    heads.dim as c_int,
+                    heads.window as c_int,
+                    self.raw_stream(),
+                )
+            },
+            op,
+        )
+    }
+}
+
+fn check_heads(op: &dyn Fn() -> String, heads: Heads) -> Result<()> {
+    let grouped = heads.kv > 0 && heads.q > 0 && heads.q.is_multiple_of(heads.kv) && heads.q < 1 << 12;
+    require(grouped, op, "query heads must be a multiple of key heads")?;
+    require(matches!(heads.dim, 64 | 128), op, "heads must be 64 or 128 wide")?;
+    require(heads.window < 1 << 30, op, "the window must be below 2^30")
+}
+
+fn check_rotation(op: &dyn Fn() -> String, rotation: Rotation, n: usize, positions: usize) -> Result<()> {
+    let dim = rotation.head_dim;
+    let valid = dim > 0 && dim.is_multiple_of(16) && rotation.columns <= n && rotation.columns.is_multiple_of(dim);
+    require(valid, op, "rotated columns must be whole heads of a multiple of 16")?;
+    require(rotation.columns == 0 || rotation.table.len() >= positions * dim, op, "the table has too few positions")
+}

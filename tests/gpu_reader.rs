@@ -1,0 +1,182 @@
+//! The CUDA reader against the fp32 reader, on a GPU: `cargo test --release --test gpu_reader -- --ignored`.
+#![cfg(gleaner_cuda)]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use common::{demo_dir, root};
+use gleaner::cpu::CpuReader;
+use gleaner::cuda::{CudaDevice, CudaReader};
+use gleaner::model::Model;
+use gleaner::plan::Plan;
+use gleaner::reader::{Gleaned, Reader, Sampling};
+use gleaner::{AskParams, Device, Document, Engine};
+use serde_json::Value;
+
+fn read(reader: &dyn Reader, plan: &Plan) -> Gleaned {
+    reader.read(plan, &mut |_| ControlFlow::Continue(())).unwrap()
+}
+
+fn ids(gleaned: &Gleaned) -> BTreeSet<u32> {
+    gleaned.kept.iter().map(|kept| kept.sentence).collect()
+}
+
+fn share_in_common(a: &BTreeSet<u32>, b: &BTreeSet<u32>) -> f64 {
+    a.intersection(b).count() as f64 / a.len().max(b.len()) as f64
+}
+
+/// Sentences of 5 to 24 tokens that are noise, in chunks of ten.
+fn noise_plan(vocab_size: u32, sentences: u32, max_retained: u32) -> Plan {
+    let mut state = 7u32;
+    let mut next = move |below: u32| {
+        state = state.wrapping_mul(1664525).wrapping_add(1013904223);
+        (state >> 8) % below
+    };
+    let (mut tokens, mut sentence_offsets) = (Vec::new(), vec![0]);
+    for _ in 0..sentences {
+        let len = 5 + next(20);
+        tokens.extend((0..len).map(|_| next(vocab_size)));
+        sentence_offsets.push(tokens.len() as u32);
+    }
+    let chunk_offsets = (0..sentences).step_by(10).chain([sentences]).collect();
+    Plan {
+        prefix: (0..9).map(|_| next(vocab_size)).collect(),
+        tail: (0..21).map(|_| next(vocab_size)).collect(),
+        question_start: 2,
+        tokens,
+        sentence_offsets,
+        chunk_offsets,
+        topk: 40,
+        phrase_width: 5,
+        max_retained,
+    }
+}
+
+/// The logits of these models' random weights reach about 15. Queries and keys rounded to bf16 move such a logit by up
+/// to 15 * 2^-8 = 0.06 and its exponential by as much; the hidden states before them are rounded too.
+const SCORE_TOLERANCE: f32 = 0.1;
+
+/// Logits of these models reach 8; a hidden state rounded to bf16 a few times on its way moves them by a few 2^-8 of that.
+const LOGIT_TOLERANCE: f32 = 0.15;
+
+/// One step of noise per architecture.
+#[test]
+#[ignore = "needs a GPU"]
+fn architectures_agree_with_the_fp32_reader() {
+    for name in ["llama", "llama31_rope", "mistral", "mistral_sliding", "qwen2", "qwen3", "yarn"] {
+        let model = Arc::new(Model::open(root().join("tests/golden/arch").join(name)).unwrap());
+        let cuda = CudaReader::new(CudaDevice::open(0).unwrap(), model.clone()).unwrap();
+        let cpu = CpuReader::new(model);
+        let plan = noise_plan(256, 10, 4096);
+        let (ours, expected) = (read(&cuda, &plan), read(&cpu, &plan));
+        let largest = expected.kept.iter().map(|kept| kept.score).fold(0.0, f32::max);
+        let common = share_in_common(&ids(&ours), &ids(&expected));
+        let mut worst = 0.0f32;
+        for kept in &ours.kept {
+            if let Some(other) = expected.kept.iter().find(|other| other.sentence == kept.sentence) {
+                worst = worst.max((kept.score - other.score).abs() / largest);
+            }
+        }
+        // The first token of an answer is among those that bf16 cannot tell from the likeliest.
+        let (prompt, vocab_size) = (&plan.tokens[..100], 256);
+        let (_, logits) = cpu.hidden_and_logits(prompt).unwrap();
+        let logits = &logits[logits.len() - vocab_size..];
+        let greedy = Sampling { max_new_tokens: 1, ..Sampling::default() };
+        let first = cuda.answer(prompt, &greedy, &mut |_| ControlFlow::Continue(())).unwrap();
+        let behind = logits.iter().copied().fold(f32::MIN, f32::max) - logits[first[0] as usize];
+        assert!(behind <= LOGIT_TOLERANCE, "{name}: the first token is {behind} behind the likeliest");
+        println!("{name}: {:.0}% in common, scores within {worst:.1e} of the largest", common * 100.0);
+        assert!(common >= 0.8, "{name}: {common}");
+        assert!(worst <= SCORE_TOLERANCE, "{name}: {worst}");
+    }
+}
+
+/// Many steps, with and without the capacity rule; twice, to the bit.
+#[test]
+#[ignore = "needs a GPU"]
+fn runs_repeat_to_the_bit() {
+    let model = Arc::new(Model::open(demo_dir()).unwrap());
+    let reader = CudaReader::new(CudaDevice::open(0).unwrap(), model).unwrap();
+    for max_retained in [150, 4096] {
+        let plan = noise_plan(8000, 205, max_retained);
+        let mut retained = Vec::new();
+        let mut once = || {
+            retained.clear();
+            reader
+                .read(&plan, &mut |report| {
+                    retained.push(report.retained_tokens);
+                    ControlFlow::Continue(())
+                })
+                .unwrap()
+        };
+        let first = once();
+        assert_eq!(first, once());
+        assert!(!first.kept.is_empty());
+        assert_eq!(retained.len(), plan.chunks());
+        assert!(retained.iter().all(|&tokens| tokens <= max_retained as usize));
+        assert_eq!(first.dropped_for_capacity > 0, max_retained == 150);
+        let answer = |seed| {
+            let sampling = Sampling { max_new_tokens: 20, temperature: 1.0, seed, ..Sampling::default() };
+            reader.answer(&plan.tokens[..300], &sampling, &mut |_| ControlFlow::Continue(())).unwrap()
+        };
+        assert_eq!(answer(1), answer(1));
+    }
+}
+
+/// A million tokens: the almanac over and over, and one sentence that is in it once. Its like must not be in the
+/// almanac: 68 copies of another capital or password would take the places of the best tokens.
+#[test]
+#[ignore = "needs a GPU"]
+fn a_needle_is_found_in_a_million_tokens() {
+    let almanac = std::fs::read_to_string(root().join("examples/almanac.txt")).unwrap();
+    let engine = Engine::open(demo_dir(), Device::Cuda(0)).unwrap();
+    let text = almanac.repeat(68);
+    for depth in 0..10 {
+        let at = text[..text.len() * depth / 9].rfind(". ").map_or(0, |at| at + 1);
+        let haystack = [&text[..at], " The wizard's telephone number is 4827.", &text[at..]].concat();
+        let document = Document::new("haystack", haystack).unwrap();
+        let answer = engine.ask(&document, "What is the wizard's telephone number?", &AskParams::default()).unwrap();
+        let timing = &answer.timing_ms;
+        println!(
+            "depth {depth}/9: {:?}; {} tokens, {} steps; plan {:.0} ms, read {:.0} ms, answer {:.0} ms",
+            answer.answer, answer.document.tokens, answer.steps, timing.plan, timing.read, timing.answer
+        );
+        assert_eq!(answer.answer, "4827", "depth {depth}/9");
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn the_almanac_answers_its_questions_as_on_the_cpu() {
+    let questions = std::fs::read_to_string(root().join("examples/almanac.questions.jsonl")).unwrap();
+    let document = Document::open(root().join("examples/almanac.txt")).unwrap();
+    let cuda = Engine::open(demo_dir(), Device::Cuda(0)).unwrap();
+    let cpu = Engine::open(demo_dir(), Device::Cpu).unwrap();
+    let (mut right, mut read_ms, mut answer_ms) = (0, 0.0, 0.0);
+    for (index, line) in questions.lines().enumerate() {
+        let question: Value = serde_json::from_str(line).unwrap();
+        let asked = question["question"].as_str().unwrap();
+        let answer = cuda.ask(&document, asked, &AskParams::default()).unwrap();
+        let answers = question["answers"].as_array().unwrap();
+        let is_right = answers.iter().any(|expected| answer.answer.contains(expected.as_str().unwrap()));
+        right += is_right as usize;
+        if !is_right {
+            println!("wrong: {asked} {answers:?}: {:?}", answer.answer);
+        }
+        if index > 0 {
+            read_ms += answer.timing_ms.read / 59.0;
+            answer_ms += answer.timing_ms.answer / 59.0;
+        }
+        if index % 12 == 0 {
+            let expected = cpu.ask(&document, asked, &AskParams::default()).unwrap();
+            let starts = |answer: &gleaner::Answer| answer.evidence.iter().map(|e| e.start as u32).collect();
+            let common = share_in_common(&starts(&answer), &starts(&expected));
+            println!("{asked} {:?}, {:.0}% of the evidence in common with the CPU", answer.answer, common * 100.0);
+        }
+    }
+    println!("{right} of 60 right; {read_ms:.1} ms to read 16 chunks, {answer_ms:.1} ms to answer, means");
+    assert!(right >= 57, "{right} right");
+}
