@@ -17,7 +17,7 @@ use crate::{Error, Result, cuda};
 /// Where to run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Device {
-    /// A GPU if this build and this machine have one, else the CPU.
+    /// The first GPU if this build, this machine and the model allow it, else the CPU; [`Answer::device`] tells.
     #[default]
     Auto,
     /// The fp32 reader.

@@ -9,10 +9,11 @@ pub fn sample(logits: &[f32], sampling: &Sampling, index: usize) -> Option<u32> 
         return None;
     }
     let likelier = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
-    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+    let ids = 0..logits.len() as u32;
     if sampling.temperature == 0.0 {
-        return order.into_iter().min_by(likelier);
+        return ids.min_by(likelier);
     }
+    let mut order: Vec<u32> = ids.collect();
     order.sort_unstable_by(likelier);
     let max = logits[order[0] as usize];
     let weight = |id: &u32| (((logits[*id as usize] - max) / sampling.temperature) as f64).exp();
