@@ -1,7 +1,7 @@
 // out = epilogue(a w^T): the linear layers, on the tensor cores of sm_80.
 //
-// A CTA makes a tile of 128 x 128, or of 64 x 128 where those would not fill the chip, with 8 warps in two rows of four;
-// both operands come through a ring of four stages of 32 columns, filled by asynchronous copies. A stage holds rows of 64 bytes as four 16-byte pieces; piece p of row r lies in
+// A CTA makes a tile of 128 x 128 with 8 warps of 64 x 32 each; both operands come through a ring of four stages of 32
+// columns, filled by asynchronous copies. A stage holds rows of 64 bytes as four 16-byte pieces; piece p of row r lies in
 // slot p ^ (r / 2 % 4), so that the eight rows that one ldmatrix reads lie in different banks.
 //
 // Rows at and beyond the live count are read as zeros and never written; CTAs without a live row end at once.
@@ -11,15 +11,13 @@
 
 namespace {
 
-constexpr int kTileN = 128, kTileK = 32;
+constexpr int kTileM = 128, kTileN = 128, kTileK = 32;
 constexpr int kStages = 4;
 constexpr int kThreads = 256;
-constexpr int kWarpN = 32, kFragmentsN = kWarpN / 8;
-// Tiles below which the smaller ones are taken: two for each multiprocessor of the largest chips.
-constexpr int kFewTiles = 264;
-
-template <int kTileM>
+constexpr int kWarpM = 64, kWarpN = 32;
+constexpr int kFragmentsM = kWarpM / 16, kFragmentsN = kWarpN / 8;
 constexpr int kStageBytes = (kTileM + kTileN) * kTileK * 2;
+constexpr int kSharedBytes = kStages * kStageBytes;
 
 struct Operands {
     const bf16 *a;       // [*, k]
@@ -32,9 +30,8 @@ struct Operands {
 
 __device__ uint32_t slot(int row, int piece) { return row * (kTileK * 2) + ((piece ^ (row / 2 % 4)) * 16); }
 
-template <class Epilogue, int kTileM>
-__global__ void __launch_bounds__(kThreads, kTileM == 64 ? 3 : 2) gemm_kernel(Operands operands, Epilogue epilogue) {
-    constexpr int kWarpM = kTileM / 2, kFragmentsM = kWarpM / 16;
+template <class Epilogue>
+__global__ void __launch_bounds__(kThreads, 2) gemm_kernel(Operands operands, Epilogue epilogue) {
     const int rows = *operands.rows;
     const int m0 = blockIdx.y * kTileM, n0 = blockIdx.x * kTileN;
     if (m0 >= rows) return;
@@ -44,20 +41,19 @@ __global__ void __launch_bounds__(kThreads, kTileM == 64 ? 3 : 2) gemm_kernel(Op
     const int row_start = operands.row_start ? *operands.row_start : 0;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
-    // Each thread copies a piece of every 64 rows of a and of the weight per stage.
+    // Each thread copies two pieces of a and two of the weight per stage.
     const int copy_row = threadIdx.x / 4, copy_piece = threadIdx.x % 4;
     auto load_stage = [&](int tile) {
-        const uint32_t stage = base + tile % kStages * kStageBytes<kTileM>;
+        const uint32_t stage = base + tile % kStages * kStageBytes;
         const int column = tile * kTileK + copy_piece * 8;
-        for (int row = copy_row; row < kTileM; row += 64) {
-            const bool valid = m0 + row < rows && column < k;
+        for (int half = 0; half < 2; ++half) {
+            const int row = copy_row + half * 64;
+            const bool a_valid = m0 + row < rows && column < k;
+            const bool w_valid = n0 + row < n && column < k;
             const bf16 *a = operands.a + static_cast<size_t>(row_start + m0 + row) * k + column;
-            copy_async(stage + slot(row, copy_piece), valid ? a : operands.a, valid);
-        }
-        for (int row = copy_row; row < kTileN; row += 64) {
-            const bool valid = n0 + row < n && column < k;
             const bf16 *w = operands.weight + static_cast<size_t>(n0 + row) * k + column;
-            copy_async(stage + kTileM * kTileK * 2 + slot(row, copy_piece), valid ? w : operands.weight, valid);
+            copy_async(stage + slot(row, copy_piece), a_valid ? a : operands.a, a_valid);
+            copy_async(stage + kTileM * kTileK * 2 + slot(row, copy_piece), w_valid ? w : operands.weight, w_valid);
         }
     };
 
@@ -75,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, kTileM == 64 ? 3 : 2) gemm_kernel(Op
         // The stage that is filled now was read in the round before; the barrier above ended that round.
         if (tile + kStages - 1 < tiles) load_stage(tile + kStages - 1);
         copy_commit();
-        const uint32_t stage_a = base + tile % kStages * kStageBytes<kTileM>;
+        const uint32_t stage_a = base + tile % kStages * kStageBytes;
         const uint32_t stage_w = stage_a + kTileM * kTileK * 2;
         for (int step = 0; step < kTileK / 16; ++step) {
             uint32_t a[kFragmentsM][4], w[kFragmentsN / 2][4];
@@ -116,24 +112,14 @@ __global__ void __launch_bounds__(kThreads, kTileM == 64 ? 3 : 2) gemm_kernel(Op
     }
 }
 
-template <class Epilogue, int kTileM>
-int32_t launch_tiles(const Operands &operands, const Epilogue &epilogue, int max_rows, void *stream) {
-    constexpr int kSharedBytes = kStages * kStageBytes<kTileM>;
-    const cudaError_t status =
-        cudaFuncSetAttribute(gemm_kernel<Epilogue, kTileM>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-    if (status != cudaSuccess) return status;
-    const dim3 grid((operands.n + kTileN - 1) / kTileN, (max_rows + kTileM - 1) / kTileM);
-    gemm_kernel<Epilogue, kTileM>
-        <<<grid, kThreads, kSharedBytes, static_cast<cudaStream_t>(stream)>>>(operands, epilogue);
-    return cudaGetLastError();
-}
-
-// The order of additions is the same in both, so that the choice cannot be seen in the result.
 template <class Epilogue>
 int32_t launch(const Operands &operands, const Epilogue &epilogue, int max_rows, void *stream) {
-    const int tiles = (operands.n + kTileN - 1) / kTileN * ((max_rows + 127) / 128);
-    return tiles < kFewTiles ? launch_tiles<Epilogue, 64>(operands, epilogue, max_rows, stream)
-                             : launch_tiles<Epilogue, 128>(operands, epilogue, max_rows, stream);
+    const cudaError_t status =
+        cudaFuncSetAttribute(gemm_kernel<Epilogue>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    if (status != cudaSuccess) return status;
+    const dim3 grid((operands.n + kTileN - 1) / kTileN, (max_rows + kTileM - 1) / kTileM);
+    gemm_kernel<Epilogue><<<grid, kThreads, kSharedBytes, static_cast<cudaStream_t>(stream)>>>(operands, epilogue);
+    return cudaGetLastError();
 }
 
 Operands operands_of(const void *a, const void *weight, const void *bias, const int32_t *rows, const int32_t *row_start,
