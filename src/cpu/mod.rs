@@ -57,7 +57,7 @@ impl CpuReader {
         topk: usize,
         question_weights: &mut Vec<f32>,
     ) -> Result<StepScores> {
-        self.check_ids(prompt)?;
+        self.model.check_prompt(prompt)?;
         let rows = prompt.len().saturating_sub(question_start);
         if context.start > context.end || context.end > question_start || rows == 0 {
             return Err(Error::Plan(format!(
@@ -79,7 +79,7 @@ impl CpuReader {
     /// # Errors
     /// [`Error::Plan`] if `from` or an id is out of range.
     pub fn attention_head_sums(&self, prompt: &[u32], from: usize) -> Result<Vec<f32>> {
-        self.check_ids(prompt)?;
+        self.model.check_prompt(prompt)?;
         if from >= prompt.len() {
             return Err(Error::Plan(format!("row {from} of a prompt of {} tokens", prompt.len())));
         }
@@ -93,7 +93,7 @@ impl CpuReader {
     /// # Errors
     /// [`Error::Plan`] if the prompt is empty or an id is out of range.
     pub fn hidden_and_logits(&self, prompt: &[u32]) -> Result<(Vec<f32>, Vec<f32>)> {
-        self.check_ids(prompt)?;
+        self.model.check_prompt(prompt)?;
         let decoder = Decoder::new(&self.model, prompt.len());
         let mut ws = Workspace::default();
         let hidden = decoder.hidden(&mut ws, &mut self.empty_caches(), prompt, prompt.len());
@@ -103,17 +103,6 @@ impl CpuReader {
 
     fn empty_caches(&self) -> Vec<LayerCache> {
         self.model.layers.iter().map(|_| LayerCache::default()).collect()
-    }
-
-    fn check_ids(&self, tokens: &[u32]) -> Result<()> {
-        let vocab_size = self.model.config.vocab_size;
-        match tokens.iter().max() {
-            None => Err(Error::Plan("the prompt has no token".into())),
-            Some(&id) if id as usize >= vocab_size => {
-                Err(Error::Plan(format!("token {id} is beyond the vocabulary of {vocab_size}")))
-            }
-            Some(_) => Ok(()),
-        }
     }
 }
 
@@ -218,7 +207,7 @@ impl Reader for CpuReader {
         on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
     ) -> Result<Vec<u32>> {
         sampling.validate()?;
-        self.check_ids(prompt)?;
+        self.model.check_prompt(prompt)?;
         let decoder = Decoder::new(&self.model, prompt.len() + sampling.max_new_tokens);
         let mut ws = Workspace::default();
         let mut caches = self.empty_caches();

@@ -255,13 +255,7 @@ impl Reader for CudaReader {
     ) -> Result<Vec<u32>> {
         sampling.validate()?;
         let config = &self.model.config;
-        match prompt.iter().max() {
-            None => return Err(Error::Plan("the prompt has no token".into())),
-            Some(&id) if id as usize >= config.vocab_size => {
-                return Err(Error::Plan(format!("token {id} is beyond the vocabulary of {}", config.vocab_size)));
-            }
-            Some(_) => {}
-        }
+        self.model.check_prompt(prompt)?;
         let gpu = self.gpu.lock().unwrap_or_else(PoisonError::into_inner);
         let Gpu { device, weights } = &*gpu;
         device.bind()?;

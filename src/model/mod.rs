@@ -135,6 +135,21 @@ impl Model {
         })
     }
 
+    /// Checks that `prompt` has tokens and that the embedding has a row for each.
+    ///
+    /// # Errors
+    /// [`Error::Plan`].
+    pub(crate) fn check_prompt(&self, prompt: &[u32]) -> Result<()> {
+        let vocab_size = self.config.vocab_size;
+        match prompt.iter().max() {
+            None => Err(Error::Plan("the prompt has no token".into())),
+            Some(&id) if id as usize >= vocab_size => {
+                Err(Error::Plan(format!("token {id} is beyond the vocabulary of {vocab_size}")))
+            }
+            Some(_) => Ok(()),
+        }
+    }
+
     /// Number of parameters; a tied head counts once.
     pub fn parameters(&self) -> usize {
         let linear = |linear: &Linear| linear.weight.elements() + linear.bias.as_ref().map_or(0, Tensor::elements);
