@@ -12,11 +12,16 @@ use crate::{Error, Result};
 /// Oldest compute capability the kernels run on.
 const MIN_COMPUTE_CAPABILITY: (i32, i32) = (8, 0);
 
+/// Compute capability whose own instructions some kernels use.
+const HOPPER: (i32, i32) = (9, 0);
+
 /// A GPU with a stream of its own. The context is the device's primary one, so that an embedding program shares it.
 pub struct CudaDevice {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     ordinal: usize,
+    /// Whether to run the kernels that only Hopper has.
+    hopper: bool,
 }
 
 pub(super) fn driver_error(what: &str, error: DriverError) -> Error {
@@ -59,8 +64,9 @@ impl CudaDevice {
         let context = CudaContext::new(ordinal).map_err(|error| driver_error("opening the GPU", error))?;
         disable_event_tracking(&context);
         let stream = context.new_stream().map_err(|error| driver_error("creating a stream", error))?;
-        let device = CudaDevice { context, stream, ordinal };
+        let mut device = CudaDevice { context, stream, ordinal, hopper: false };
         let (major, minor) = device.compute_capability()?;
+        device.hopper = (major, minor) == HOPPER;
         if (major, minor) < MIN_COMPUTE_CAPABILITY {
             let (min_major, min_minor) = MIN_COMPUTE_CAPABILITY;
             return Err(Error::Device(format!(
@@ -68,6 +74,16 @@ impl CudaDevice {
             )));
         }
         Ok(device)
+    }
+
+    /// Whether it runs the kernels made for Hopper.
+    pub fn runs_hopper_kernels(&self) -> bool {
+        self.hopper
+    }
+
+    /// Makes it run the kernels that every GPU can run, for comparison.
+    pub fn run_portable_kernels(&mut self) {
+        self.hopper = false;
     }
 
     /// Its stream; every operation of this crate runs on it.
