@@ -89,7 +89,7 @@ impl CudaDevice {
     pub fn load(&self, model: &Model) -> Result<DeviceModel> {
         let config = &model.config;
         let bytes = memory::weight_bytes(config);
-        self.check_free(bytes, "the model's weights", "free some or take a smaller model")?;
+        self.check_free(bytes, "the model's weights", "free some or choose a smaller model")?;
         let mut staging = Staging::new(self)?;
         let vocab_rows = memory::vocab_rows(config);
         let padded = |staging: &mut Staging, tensor: &Tensor| {

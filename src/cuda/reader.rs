@@ -39,7 +39,7 @@ impl CudaReader {
     /// Copies `model` to the device.
     ///
     /// # Errors
-    /// [`Error::Device`] for a model whose shape the kernels do not serve; [`Error::Cuda`].
+    /// [`Error::Device`] for a model whose shape the kernels do not serve or whose weights do not fit; [`Error::Cuda`].
     pub fn new(device: CudaDevice, model: Arc<Model>) -> Result<CudaReader> {
         let config = &model.config;
         if !matches!(config.head_dim, 64 | 128) {
@@ -198,18 +198,17 @@ impl Reader for CudaReader {
         if max_tokens >= 1 << 20 {
             return Err(Error::Plan(format!("steps of {max_tokens} tokens, more than 1,048,575")));
         }
-        let mut kept = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slot = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
         let needed = ReadSizes::new(&self.model.config, &plan.shape());
-        let workspace = Workspace::reserve(&mut kept, device, &self.model, needed)?;
+        let workspace = Workspace::reserve(&mut slot, device, &self.model, needed)?;
         let log = match self.read_steps(&gpu, workspace, plan) {
             Ok(log) => log,
             Err(error) => {
-                // What a failed document leaves behind need not be finite, as attention wants what it masks.
-                *kept = None;
+                // What a failed document leaves behind may be infinite, which a workspace must not be.
+                *slot = None;
                 return Err(error);
             }
         };
-        drop(kept);
 
         let mut gleaned = Gleaned { kept: Vec::new(), dropped_for_capacity: log.dropped_for_capacity };
         for (step, (&(tokens, context_tokens, retained_tokens), selected)) in

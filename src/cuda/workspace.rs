@@ -64,18 +64,18 @@ pub struct Workspace {
 }
 
 impl Workspace {
-    /// The workspace in `kept`, if it has at least the `needed` sizes; else one with room for both this document and
+    /// The workspace in `slot`, if it has at least the `needed` sizes; else one with room for both this document and
     /// those before, or, where memory lacks, for this one alone.
     ///
     /// # Errors
     /// [`crate::Error::Device`] if even that does not fit; [`crate::Error::Cuda`].
     pub fn reserve<'a>(
-        kept: &'a mut Option<Workspace>,
+        slot: &'a mut Option<Workspace>,
         device: &CudaDevice,
         model: &Model,
         needed: ReadSizes,
     ) -> Result<&'a mut Workspace> {
-        let workspace = match kept.take() {
+        let workspace = match slot.take() {
             Some(workspace) if memory::cover(&workspace.sizes, &needed) => workspace,
             smaller => {
                 let grown = smaller.map_or(needed, |smaller| smaller.sizes.union(&needed));
@@ -86,7 +86,7 @@ impl Workspace {
                 Workspace::new(device, model, sizes)?
             }
         };
-        Ok(kept.insert(workspace))
+        Ok(slot.insert(workspace))
     }
 
     fn new(device: &CudaDevice, model: &Model, sizes: ReadSizes) -> Result<Workspace> {
