@@ -5,6 +5,7 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
+use std::process::Command;
 use std::sync::Arc;
 
 use common::{demo_dir, root};
@@ -169,6 +170,22 @@ fn too_little_memory_is_said_beforehand() {
     let error = reader.read(&huge, &mut |_| ControlFlow::Continue(())).unwrap_err().to_string();
     assert!(error.contains("shorten the question"), "{error}");
     assert!(!read(&reader, &plan).kept.is_empty());
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn info_lists_memory_by_what_it_is_for() {
+    let info = Command::new(env!("CARGO_BIN_EXE_gleaner"))
+        .args(["info", "--device", "cuda", "--tokens", "50000"])
+        .output()
+        .unwrap();
+    let out = String::from_utf8(info.stdout).unwrap();
+    println!("{out}");
+    for word in
+        ["on the GPU", "50000 tokens", "MiB activations", "MiB scoring", "MiB plan and log", "MiB answer", "in all"]
+    {
+        assert!(out.contains(word), "{word:?} is not in: {out}");
+    }
 }
 
 /// A million tokens: the almanac over and over, and one sentence that is in it once. Its like must not be in the

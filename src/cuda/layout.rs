@@ -200,16 +200,18 @@ pub(super) mod tests {
     fn pieces_are_what_the_whole_is() {
         let (rows, width) = (256, 1100);
         let tensors = counting(&[&[rows / 2, width], &[rows / 2, width]]);
-        let matrix = Matrix::new(tensors.iter().collect(), RowOrder::gate_up(rows / 2));
-        let mut whole = vec![bf16::ZERO; matrix.elements()];
-        matrix.fill(0, &mut whole);
-        assert!(whole.len() > 2 * SHARE);
-        for piece in [1001, SHARE + 7, 2 * SHARE + 1] {
-            let mut pieces = vec![bf16::ZERO; matrix.elements()];
-            for (index, out) in pieces.chunks_mut(piece).enumerate() {
-                matrix.fill(index * piece, out);
+        for order in [RowOrder::STORED, RowOrder::gate_up(rows / 2)] {
+            let matrix = Matrix::new(tensors.iter().collect(), order);
+            let mut whole = vec![bf16::ZERO; matrix.elements()];
+            matrix.fill(0, &mut whole);
+            assert!(whole.len() > 2 * SHARE);
+            for piece in [1001, SHARE + 7, 2 * SHARE + 1] {
+                let mut pieces = vec![bf16::ZERO; matrix.elements()];
+                for (index, out) in pieces.chunks_mut(piece).enumerate() {
+                    matrix.fill(index * piece, out);
+                }
+                assert!(pieces.iter().map(|value| value.to_bits()).eq(whole.iter().map(|value| value.to_bits())));
             }
-            assert!(pieces.iter().map(|value| value.to_bits()).eq(whole.iter().map(|value| value.to_bits())));
         }
     }
 }
