@@ -164,9 +164,7 @@ impl CudaReader {
         }
         device.score_and_select(steps, plan, q, k, last.heads)
     }
-}
 
-impl CudaReader {
     /// All steps of `plan`, and what they did.
     fn read_steps(&self, gpu: &Gpu, workspace: &mut Workspace, plan: &Plan) -> Result<StepLog> {
         let device = &gpu.device;
