@@ -5,7 +5,7 @@ use std::sync::Arc;
 use cudarc::driver::sys::CUdevice_attribute::{
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
 };
-use cudarc::driver::{CudaContext, CudaStream, DriverError};
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr, DriverError, ValidAsZeroBits};
 
 use crate::{Error, Result};
 
@@ -107,23 +107,40 @@ impl CudaDevice {
         self.stream.synchronize().map_err(|error| driver_error("waiting for the GPU", error))
     }
 
-    /// Checks that so much memory is free, before work that needs it starts.
+    /// Bytes of its memory that are free.
     ///
     /// # Errors
-    /// [`Error::Device`] with both numbers.
-    pub fn check_free(&self, bytes: u64) -> Result<()> {
+    /// [`Error::Cuda`].
+    pub fn free_bytes(&self) -> Result<u64> {
         let (free, _) =
             self.context.mem_get_info().map_err(|error| driver_error("asking for the GPU's memory", error))?;
-        if bytes <= free as u64 {
+        Ok(free as u64)
+    }
+
+    /// Checks that `bytes` are free for `what`, before work that needs them starts; `remedy` is what to do if not.
+    ///
+    /// # Errors
+    /// [`Error::Device`] with both numbers; [`Error::Cuda`].
+    pub fn check_free(&self, bytes: u64, what: &str, remedy: &str) -> Result<()> {
+        let free = self.free_bytes()?;
+        if bytes <= free {
             return Ok(());
         }
-        let mib = |bytes: u64| bytes.div_ceil(1 << 20);
         Err(Error::Device(format!(
-            "cuda:{} has {} MiB free, but {} are needed; lower the window or max_retained, or use --device cpu",
+            "cuda:{} has {} MiB of memory free, but {what} take {} MiB; {remedy}, or use --device cpu",
             self.ordinal,
-            mib(free as u64),
-            mib(bytes)
+            free >> 20,
+            bytes.div_ceil(1 << 20)
         )))
+    }
+
+    /// Zeroed memory.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`], out of memory among them.
+    pub fn zeros<T: DeviceRepr + ValidAsZeroBits>(&self, len: usize) -> Result<CudaSlice<T>> {
+        let op = || format!("allocating {} MiB on the GPU", (len * size_of::<T>()).div_ceil(1 << 20));
+        self.stream.alloc_zeros(len.max(1)).map_err(|error| driver_error(&op(), error))
     }
 
     /// Major and minor compute capability.
@@ -151,5 +168,39 @@ impl CudaDevice {
         let (major, minor) = self.compute_capability()?;
         let gib = total as f64 / (1u64 << 30) as f64;
         Ok(format!("cuda:{} ({name}, compute capability {major}.{minor}, {gib:.0} GiB)", self.ordinal))
+    }
+}
+
+/// Zeroed memory, counted, so that it can be held against what was planned.
+pub struct Allocator<'a> {
+    device: &'a CudaDevice,
+    bytes: u64,
+}
+
+impl<'a> Allocator<'a> {
+    pub fn new(device: &'a CudaDevice) -> Allocator<'a> {
+        Allocator { device, bytes: 0 }
+    }
+
+    /// As [`CudaDevice::zeros`].
+    ///
+    /// # Errors
+    /// [`Error::Cuda`], out of memory among them.
+    pub fn zeros<T: DeviceRepr + ValidAsZeroBits>(&mut self, len: usize) -> Result<CudaSlice<T>> {
+        let memory = self.device.zeros(len)?;
+        self.bytes += memory.num_bytes() as u64;
+        Ok(memory)
+    }
+
+    /// Checks that exactly `planned` bytes were allocated for `what`.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`]: the figures that are shown and checked beforehand are wrong.
+    pub fn check(&self, planned: u64, what: &str) -> Result<()> {
+        if self.bytes == planned {
+            return Ok(());
+        }
+        let message = format!("{} bytes instead of the {planned} that were planned", self.bytes);
+        Err(Error::Cuda { op: format!("allocating {what}"), message })
     }
 }

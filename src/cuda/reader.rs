@@ -8,13 +8,15 @@ use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaGraph, CudaSlice};
 use half::bf16;
 
-use super::CudaDevice;
-use super::device::driver_error;
+use super::device::{Allocator, driver_error};
+use super::memory::{ActivationSizes, ReadSizes};
 use super::model::{DeviceLayer, DeviceModel};
-use super::ops::{DevicePlan, Heads, Rotation, Rows, Shift, StepBuffers};
+use super::ops::{Heads, Rotation, Rows, Shift, StepLog};
+use super::workspace::{Activations, Workspace};
+use super::{CudaDevice, memory};
 use crate::model::Model;
 use crate::plan::Plan;
-use crate::reader::{DropReason, Gleaned, Kept, Reader, Sampling, StepReport};
+use crate::reader::{DropReason, Gleaned, Kept, Memory, MemoryRequest, Reader, Sampling, StepReport};
 use crate::sample::sample;
 use crate::{Error, Result};
 
@@ -23,6 +25,8 @@ pub struct CudaReader {
     model: Arc<Model>,
     /// One document at a time: the stream and its buffers serve one.
     gpu: Mutex<Gpu>,
+    /// Kept from document to document. Locked behind `gpu`.
+    workspace: Mutex<Option<Workspace>>,
     name: String,
 }
 
@@ -31,20 +35,11 @@ struct Gpu {
     weights: DeviceModel,
 }
 
-/// Activations of a pass.
-struct Activations {
-    x: CudaSlice<bf16>,
-    normed: CudaSlice<bf16>,
-    attended: CudaSlice<bf16>,
-    h: CudaSlice<bf16>,
-    rope: CudaSlice<f32>,
-}
-
 impl CudaReader {
     /// Copies `model` to the device.
     ///
     /// # Errors
-    /// [`Error::Device`] for a model whose shape the kernels do not serve; [`Error::Cuda`].
+    /// [`Error::Device`] for a model whose shape the kernels do not serve or whose weights do not fit; [`Error::Cuda`].
     pub fn new(device: CudaDevice, model: Arc<Model>) -> Result<CudaReader> {
         let config = &model.config;
         if !matches!(config.head_dim, 64 | 128) {
@@ -61,7 +56,7 @@ impl CudaReader {
         }
         let name = device.describe()?;
         let weights = device.load(&model)?;
-        Ok(CudaReader { model, gpu: Mutex::new(Gpu { device, weights }), name })
+        Ok(CudaReader { model, gpu: Mutex::new(Gpu { device, weights }), workspace: Mutex::new(None), name })
     }
 
     fn heads(&self) -> Heads {
@@ -70,14 +65,8 @@ impl CudaReader {
     }
 
     fn activations(&self, device: &CudaDevice, rows: usize, positions: usize) -> Result<Activations> {
-        let config = &self.model.config;
-        Ok(Activations {
-            x: device.zeros(rows * config.hidden_size)?,
-            normed: device.zeros(rows * config.hidden_size)?,
-            attended: device.zeros(rows * config.q_dim())?,
-            h: device.zeros(rows * config.intermediate_size)?,
-            rope: device.rope_table(&self.model, positions)?,
-        })
+        let sizes = ActivationSizes::new(&self.model.config, rows, positions);
+        Activations::new(device, &mut Allocator::new(device), &self.model, sizes)
     }
 
     /// Queries, keys and values of all rows of `a.x`, into `qkv`.
@@ -147,15 +136,9 @@ fn record(device: &CudaDevice, launches: impl FnOnce() -> Result<()>) -> Result<
 
 impl CudaReader {
     /// One reading step: the prompt that lies ready, up to the next one.
-    fn step(
-        &self,
-        gpu: &Gpu,
-        a: &mut Activations,
-        steps: &mut StepBuffers,
-        plan: &DevicePlan,
-        [qkv, q, k]: [&mut CudaSlice<bf16>; 3],
-    ) -> Result<()> {
+    fn step(&self, gpu: &Gpu, workspace: &mut Workspace) -> Result<()> {
         let Gpu { device, weights } = gpu;
+        let Workspace { activations: a, qkv, q, k, steps, plan, .. } = workspace;
         let config = &self.model.config;
         device.embed(&mut a.x, &steps.prompt, &weights.embed_tokens, steps.rows(), config.hidden_size)?;
         let (last, layers) = weights.layers.split_last().expect("a checked configuration has layers");
@@ -181,6 +164,24 @@ impl CudaReader {
         }
         device.score_and_select(steps, plan, q, k, last.heads)
     }
+
+    /// All steps of `plan`, and what they did.
+    fn read_steps(&self, gpu: &Gpu, workspace: &mut Workspace, plan: &Plan) -> Result<StepLog> {
+        let device = &gpu.device;
+        workspace.plan.upload(device, plan)?;
+        workspace.steps.prepare(plan, self.heads())?;
+        device.start(&mut workspace.steps, &workspace.plan)?;
+        // The first step loads the kernels, which must not happen while a graph is recorded.
+        self.step(gpu, workspace)?;
+        if plan.chunks() > 1 {
+            let graph = record(device, || self.step(gpu, workspace))?;
+            for _ in 1..plan.chunks() {
+                graph.launch().map_err(|error| driver_error("launching a step", error))?;
+            }
+            device.synchronize()?;
+        }
+        workspace.steps.read_back(device, plan)
+    }
 }
 
 impl Reader for CudaReader {
@@ -191,30 +192,21 @@ impl Reader for CudaReader {
         let gpu = self.gpu.lock().unwrap_or_else(PoisonError::into_inner);
         let device = &gpu.device;
         device.bind()?;
-        let (max_tokens, heads) = (plan.max_step_tokens(), self.heads());
+        let max_tokens = plan.max_step_tokens();
         if max_tokens >= 1 << 20 {
             return Err(Error::Plan(format!("steps of {max_tokens} tokens, more than 1,048,575")));
         }
-        let max_rows = plan.tail.len() - plan.question_start as usize;
-        device.check_free(self.workspace_bytes(max_tokens, max_rows))?;
-        let tables = DevicePlan::new(device, plan)?;
-        let mut steps = StepBuffers::new(device, plan, heads)?;
-        let mut a = self.activations(device, max_tokens, max_tokens)?;
-        let mut qkv = device.zeros(max_tokens * heads.qkv_columns())?;
-        let mut q = device.zeros(max_rows * heads.q * heads.dim)?;
-        let mut k = device.zeros(max_tokens * heads.kv * heads.dim)?;
-
-        device.start(&mut steps, &tables)?;
-        // The first step loads the kernels, which must not happen while a graph is recorded.
-        self.step(&gpu, &mut a, &mut steps, &tables, [&mut qkv, &mut q, &mut k])?;
-        if plan.chunks() > 1 {
-            let graph = record(device, || self.step(&gpu, &mut a, &mut steps, &tables, [&mut qkv, &mut q, &mut k]))?;
-            for _ in 1..plan.chunks() {
-                graph.launch().map_err(|error| driver_error("launching a step", error))?;
+        let mut slot = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
+        let needed = ReadSizes::new(&self.model.config, &plan.shape());
+        let workspace = Workspace::reserve(&mut slot, device, &self.model, needed)?;
+        let log = match self.read_steps(&gpu, workspace, plan) {
+            Ok(log) => log,
+            Err(error) => {
+                // What a failed document leaves behind may be infinite, which a workspace must not be.
+                *slot = None;
+                return Err(error);
             }
-            device.synchronize()?;
-        }
-        let log = steps.read_back(device, plan)?;
+        };
 
         let mut gleaned = Gleaned { kept: Vec::new(), dropped_for_capacity: log.dropped_for_capacity };
         for (step, (&(tokens, context_tokens, retained_tokens), selected)) in
@@ -261,8 +253,8 @@ impl Reader for CudaReader {
         device.bind()?;
         let positions = prompt.len() + sampling.max_new_tokens;
         let (heads, hidden) = (self.heads(), config.hidden_size);
-        let cache_bytes = 2 * weights.layers.len() * positions * heads.qkv_columns();
-        device.check_free(cache_bytes as u64 + self.workspace_bytes(prompt.len(), 0))?;
+        let bytes = memory::answer_bytes(config, prompt.len(), sampling.max_new_tokens);
+        device.check_free(bytes, "the buffers of an answer", "lower max_retained or max_new_tokens")?;
         let failed = |error| driver_error("answering", error);
         let stream = device.stream();
 
@@ -315,11 +307,15 @@ impl Reader for CudaReader {
         }
     }
 
-    fn workspace_bytes(&self, max_step_tokens: usize, question_rows: usize) -> u64 {
+    /// The workspace is kept from document to document, so that an answer's buffers come on top of it.
+    fn memory(&self, request: &MemoryRequest) -> Memory {
         let config = &self.model.config;
-        let widths = 2 * config.hidden_size + 2 * config.q_dim() + 3 * config.kv_dim() + config.intermediate_size;
-        let scores = config.num_attention_heads * question_rows * 4 + question_rows * 4 + 64;
-        (max_step_tokens * (2 * widths + 4 * config.head_dim + scores)) as u64
+        let reading = ReadSizes::new(config, &request.plan).parts();
+        let answer = memory::answer_bytes(config, request.prompt_tokens, request.max_new_tokens);
+        Memory {
+            weights: memory::weight_bytes(config),
+            workspace: reading.into_iter().chain([("answer", answer)]).collect(),
+        }
     }
 
     fn device(&self) -> String {

@@ -5,7 +5,7 @@
 mod decode;
 mod steps;
 
-pub use steps::{DevicePlan, StepBuffers, state};
+pub use steps::{DevicePlan, StepBuffers, StepLog, state};
 
 use std::ffi::{CStr, c_int, c_void};
 
