@@ -20,10 +20,8 @@ pub const QUESTION_ROWS: usize = 48;
 
 const TOPK: u32 = 300;
 
-/// Steps of the shorter of two plans. From the next on, what is retained has reached its full size.
-const FIRST_STEPS: usize = 2;
 /// Time that the steps between two plans should take, and most of them.
-const SPAN: Duration = Duration::from_millis(500);
+const SPAN: Duration = Duration::from_millis(250);
 const MAX_STEPS: usize = 256;
 /// Pairs that are timed, unless they take longer than the budget; but two.
 const PAIRS: usize = 5;
@@ -76,8 +74,14 @@ impl Bench<'_> {
         }
     }
 
-    /// Seconds to read `plan`, and the mean length of its steps from the third on.
-    fn read(&self, plan: &Plan) -> Result<(f64, f64), Error> {
+    /// Steps that fill `max_retained` from chunks of `chunk` tokens: the shorter of two plans. The later ones are all
+    /// equally long.
+    fn first_steps(&self, chunk: usize) -> usize {
+        self.retained.div_ceil(chunk) + 1
+    }
+
+    /// Seconds to read `plan`, and the mean length of its steps behind `first_steps`.
+    fn read(&self, plan: &Plan, first_steps: usize) -> Result<(f64, f64), Error> {
         let mut tokens = Vec::with_capacity(plan.chunks());
         let begun = Instant::now();
         self.reader.read(plan, &mut |report| {
@@ -85,7 +89,7 @@ impl Bench<'_> {
             ControlFlow::Continue(())
         })?;
         let seconds = begun.elapsed().as_secs_f64();
-        let later = &tokens[FIRST_STEPS.min(tokens.len() - 1)..];
+        let later = &tokens[first_steps.min(tokens.len() - 1)..];
         Ok((seconds, later.iter().sum::<usize>() as f64 / later.len() as f64))
     }
 
@@ -96,17 +100,18 @@ impl Bench<'_> {
         // What does not fill a sentence goes to the head.
         let prefix = FRAME - QUESTION_ROWS + room % SENTENCE;
         let plan = |steps: usize| self.plan(steps * chunk, chunk, prefix);
-        let short = plan(FIRST_STEPS);
-        self.read(&short)?;
-        let (seconds, _) = self.read(&short)?;
-        let span = SPAN.as_secs_f64() * FIRST_STEPS as f64 / seconds;
+        let first_steps = self.first_steps(chunk);
+        let short = plan(first_steps);
+        self.read(&short, first_steps)?;
+        let (seconds, _) = self.read(&short, first_steps)?;
+        let span = SPAN.as_secs_f64() * first_steps as f64 / seconds;
         let span = (span as usize).clamp(2, MAX_STEPS);
-        let long = plan(FIRST_STEPS + span);
+        let long = plan(first_steps + span);
 
         let mut mean_tokens = 0.0;
         let ms = pairs(|| {
-            let (short, _) = self.read(&short)?;
-            let (long, mean) = self.read(&long)?;
+            let (short, _) = self.read(&short, first_steps)?;
+            let (long, mean) = self.read(&long, first_steps)?;
             mean_tokens = mean;
             Ok((long - short) * 1e3 / span as f64)
         })?;
@@ -132,8 +137,9 @@ impl Bench<'_> {
         let chunk = window / SENTENCE * SENTENCE;
         let prefix = FRAME - QUESTION_ROWS;
         let plan = self.plan(tokens, chunk, prefix);
-        self.read(&self.plan(tokens.min(FIRST_STEPS * chunk), chunk, prefix))?;
-        let (seconds, mean_step_tokens) = self.read(&plan)?;
+        let first_steps = self.first_steps(chunk);
+        self.read(&self.plan(tokens.min(first_steps * chunk), chunk, prefix), first_steps)?;
+        let (seconds, mean_step_tokens) = self.read(&plan, first_steps)?;
         Ok(DocumentReading {
             tokens,
             window,
