@@ -8,21 +8,11 @@ use std::sync::Arc;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use gemm::Parallelism;
 use gleaner::cpu::CpuReader;
-use gleaner::model::{Config, Model};
+use gleaner::model::Model;
 
 /// A first, an ordinary and a long step.
 const TOKENS: [usize; 3] = [1054, 1894, 2918];
 const QUESTION_ROWS: usize = 30;
-
-/// Multiplications and additions of a step: all layers but the last, and the last layer's keys and question rows.
-fn flops(config: &Config, tokens: usize) -> u64 {
-    let (hidden, q_dim, kv_dim) = (config.hidden_size, config.q_dim(), config.kv_dim());
-    let layer_weights = hidden * (2 * q_dim + 2 * kv_dim + 3 * config.intermediate_size);
-    // Causal: half of the square, once for q k^T and once for p v.
-    let attention = tokens * tokens * q_dim;
-    let last = tokens * hidden * kv_dim + QUESTION_ROWS * q_dim * (hidden + tokens);
-    2 * ((config.num_hidden_layers - 1) * (tokens * layer_weights + attention) + last) as u64
-}
 
 fn step(c: &mut Criterion) {
     let model = Arc::new(Model::open(concat!(env!("CARGO_MANIFEST_DIR"), "/models/gleaner-demo-16m")).unwrap());
@@ -32,7 +22,7 @@ fn step(c: &mut Criterion) {
     for tokens in TOKENS {
         let prompt: Vec<u32> = (0..tokens as u32).map(|i| i.wrapping_mul(2_654_435_761) % 8000).collect();
         let question_start = tokens - QUESTION_ROWS;
-        group.throughput(Throughput::Elements(flops(&model.config, tokens)));
+        group.throughput(Throughput::Elements(model.config.step_flops(tokens, QUESTION_ROWS)));
         group.bench_function(format!("{tokens} tokens"), |b| {
             b.iter(|| reader.score_step(&prompt, 10..question_start, question_start, 8, 300, &mut Vec::new()).unwrap())
         });

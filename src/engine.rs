@@ -26,6 +26,22 @@ pub enum Device {
     Cuda(usize),
 }
 
+impl Device {
+    /// A reader of `model`, and the device it is on: never [`Device::Auto`].
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the device cannot be used, or not by this model; [`Error::Cuda`].
+    pub fn reader(self, model: Arc<Model>) -> Result<(Device, Box<dyn Reader>)> {
+        let cpu = |model| -> (Device, Box<dyn Reader>) { (Device::Cpu, Box::new(CpuReader::new(model))) };
+        let gpu = |ordinal, model| Ok((Device::Cuda(ordinal), cuda::reader(ordinal, model)?));
+        match self {
+            Device::Cuda(ordinal) => gpu(ordinal, model),
+            Device::Auto => Ok(gpu(0, model.clone()).unwrap_or_else(|_: Error| cpu(model))),
+            Device::Cpu => Ok(cpu(model)),
+        }
+    }
+}
+
 impl FromStr for Device {
     type Err = String;
 
@@ -85,11 +101,7 @@ impl Engine {
         let model = Arc::new(Model::open(model_dir)?);
         let tokenizer = Tokenizer::open(&model_dir.join("tokenizer.json"), model.config.vocab_size)?;
         let chat = ChatTemplate::open(model_dir)?;
-        let reader = match device {
-            Device::Cuda(ordinal) => cuda::reader(ordinal, model.clone())?,
-            Device::Auto => cuda::reader(0, model.clone()).unwrap_or_else(|_| Box::new(CpuReader::new(model.clone()))),
-            Device::Cpu => Box::new(CpuReader::new(model.clone())),
-        };
+        let (_, reader) = device.reader(model.clone())?;
         Ok(Engine { model, tokenizer, chat, reader })
     }
 

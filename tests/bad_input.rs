@@ -169,3 +169,24 @@ fn trace_files() {
         assert!(String::from_utf8_lossy(&output.stderr).contains("/dev/full"));
     }
 }
+
+#[test]
+fn benchmarks() {
+    let with = |flag: &str, value: &str, words: &[&str]| refused(&["bench", flag, value], words);
+    with("--retained", "100", &["--retained is 100", "multiple of 16"]);
+    with("--retained", "0", &["--retained is 0", "16"]);
+    with("--lengths", "1894,800", &["--lengths is 800", "from 886", "800 retained"]);
+    with("--lengths", "999999999", &["--lengths is 999999999", "131072"]);
+    with("--window", "8", &["--window is 8", "16"]);
+    with("--tokens", "1", &["--tokens is 1", "16"]);
+    with("--new-tokens", "0", &["--new-tokens is 0", "1"]);
+    with("--model", "no/such/model", &["no/such/model"]);
+
+    let output = gleaner(&["bench", "--shape", "gpt-2"]);
+    assert_eq!(output.status.code(), Some(2));
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(message.contains("gpt-2") && message.contains("qwen2.5-0.5b"), "{message}");
+    let output = gleaner(&["bench", "--shape", "llama-3-8b", "--model", "some/model"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("cannot be used with"));
+}

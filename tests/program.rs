@@ -156,3 +156,48 @@ fn info_shows_model_device_memory_and_build() {
         assert!(out.contains(word), "{word:?} is not in: {out}");
     }
 }
+
+#[test]
+fn bench_measures_the_bundled_model_on_the_cpu() {
+    let bench = |tokens: &str, lengths: &str, extra: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_gleaner"))
+            .args(["bench", "--device", "cpu", "--window", "256", "--retained", "128", "--new-tokens", "4"])
+            .args(["--tokens", tokens, "--lengths", lengths])
+            .args(extra)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let report: Value = serde_json::from_str(&bench("3000", "300", &["--json"])).unwrap();
+    let positive =
+        |value: &Value, what: &str| assert!(value.as_f64().is_some_and(|value| value > 0.0), "{what}: {value}");
+    let steps = report["steps"].as_array().unwrap();
+    assert_eq!(steps.len(), 1);
+    assert_eq!(steps[0]["tokens"], 300);
+    assert_eq!(steps[0]["mean_tokens"], 300.0, "what is retained fills its room");
+    assert_eq!(steps[0]["chunk_tokens"], 96, "whole sentences of 16 in 300 - 70 - 128 tokens");
+    // On a busy machine the difference of two short runs may be anything, but it is a number.
+    assert!(steps[0]["ms"].is_f64() && steps[0]["tflops"].is_f64());
+    assert!(steps[0]["share_of_gemm"].is_null());
+    // Seven full layers of 1,572,864 weights, twice a token; the rest is attention and the last layer's part.
+    let tflop = steps[0]["tflop"].as_f64().unwrap();
+    let products = 2.0 * 7.0 * 1_572_864.0 * 300.0 / 1e12;
+    assert!((1.0..1.1).contains(&(tflop / products)), "{tflop} of {products}");
+    // 3000 tokens in chunks of 256; 70 of prompt, 128 retained, the last chunk shorter.
+    assert_eq!(report["document"]["steps"], 12);
+    assert_eq!(report["document"]["step_tokens"], 70 + 128 + 256);
+    positive(&report["document"]["tokens_per_second"], "document");
+    assert_eq!(report["answer"]["prompt_tokens"], 70 + 128);
+    positive(&report["answer"]["prefill_ms"], "prefill");
+    assert_eq!(report["answer"]["new_tokens"], 4);
+    positive(&report["tokenizer"]["tokens_per_second"], "tokenizer");
+    positive(&report["load_ms"], "load");
+    positive(&report["workspace_bytes"], "workspace");
+    assert_eq!(report["notes"].as_array().unwrap().len(), 0);
+
+    let table = bench("300", "278", &[]);
+    for word in ["15.7M parameters", "step tokens", "document", "prefill", "decode", "tokenizer"] {
+        assert!(table.contains(word), "{word:?} is not in: {table}");
+    }
+}

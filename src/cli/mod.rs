@@ -1,6 +1,7 @@
 //! The command line: arguments, exit codes, and what goes to which stream.
 
 mod ask;
+mod bench;
 mod info;
 
 use std::io;
@@ -25,6 +26,8 @@ struct Cli {
 enum Command {
     /// Answer a question from a document
     Ask(ask::AskArgs),
+    /// Measure reading and answering on this machine
+    Bench(bench::BenchArgs),
     /// Show the model, the device, the memory plan and what this build can do
     Info(info::InfoArgs),
 }
@@ -71,6 +74,7 @@ impl From<io::Error> for Failure {
 pub fn run() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Ask(args) => ask::run(args),
+        Command::Bench(args) => bench::run(args),
         Command::Info(args) => info::run(args),
     };
     match result {

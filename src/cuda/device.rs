@@ -5,6 +5,7 @@ use std::sync::Arc;
 use cudarc::driver::sys::CUdevice_attribute::{
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
 };
+use cudarc::driver::sys::CUevent_flags::CU_EVENT_DEFAULT;
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr, DriverError, ValidAsZeroBits};
 
 use crate::{Error, Result};
@@ -105,6 +106,21 @@ impl CudaDevice {
     /// [`Error::Cuda`], a kernel's failure among them.
     pub fn synchronize(&self) -> Result<()> {
         self.stream.synchronize().map_err(|error| driver_error("waiting for the GPU", error))
+    }
+
+    /// Milliseconds from the start to the end of what `launches` puts on its stream. Waits for it.
+    ///
+    /// # Errors
+    /// Those of `launches`; [`Error::Cuda`].
+    pub fn time(&self, launches: impl FnOnce() -> Result<()>) -> Result<f64> {
+        let now = || {
+            let event = self.stream.record_event(Some(CU_EVENT_DEFAULT));
+            event.map_err(|error| driver_error("recording an event", error))
+        };
+        let start = now()?;
+        launches()?;
+        let end = now()?;
+        start.elapsed_ms(&end).map(f64::from).map_err(|error| driver_error("waiting for the GPU", error))
     }
 
     /// Bytes of its memory that are free.

@@ -1,6 +1,8 @@
 //! The CUDA side. Compiled on every machine; the kernels are in only where build.rs found a toolkit.
 
 #[cfg(gleaner_cuda)]
+mod ceiling;
+#[cfg(gleaner_cuda)]
 mod device;
 #[cfg(gleaner_cuda)]
 #[allow(unsafe_code)]
@@ -23,6 +25,8 @@ mod workspace;
 
 use std::sync::Arc;
 
+#[cfg(gleaner_cuda)]
+pub use ceiling::CublasLt;
 #[cfg(gleaner_cuda)]
 pub use device::CudaDevice;
 #[cfg(gleaner_cuda)]
@@ -69,6 +73,30 @@ fn not_built(ordinal: usize) -> Error {
 pub fn describe(ordinal: usize) -> Result<String> {
     #[cfg(gleaner_cuda)]
     return CudaDevice::open(ordinal)?.describe();
+    #[cfg(not(gleaner_cuda))]
+    Err(not_built(ordinal))
+}
+
+/// The rate of bf16 matrix products that GPU `ordinal` sustains, in FLOP/s: NVIDIA's cuBLASLt on matrices of 8192 x 8192
+/// random numbers. Takes about half a second.
+///
+/// # Errors
+/// [`crate::Error::Device`] if the GPU or the library (libcublasLt, looked for at run time) is not there;
+/// [`crate::Error::Cuda`].
+pub fn gemm_ceiling(ordinal: usize) -> Result<f64> {
+    #[cfg(gleaner_cuda)]
+    return CublasLt::open(&CudaDevice::open(ordinal)?)?.ceiling();
+    #[cfg(not(gleaner_cuda))]
+    Err(not_built(ordinal))
+}
+
+/// The rate at which GPU `ordinal` copies its memory, in bytes read and written a second: a copy of 1 GiB.
+///
+/// # Errors
+/// As [`describe`]; [`crate::Error::Cuda`].
+pub fn copy_ceiling(ordinal: usize) -> Result<f64> {
+    #[cfg(gleaner_cuda)]
+    return ceiling::copy(&CudaDevice::open(ordinal)?);
     #[cfg(not(gleaner_cuda))]
     Err(not_built(ordinal))
 }

@@ -126,12 +126,13 @@ impl Config {
     /// [`Error::Io`] or [`Error::ModelFile`]; an architecture that is not supported is answered with the list of
     /// those that are.
     pub fn open(path: &Path) -> Result<Config> {
-        let fail = |message: String| Error::model_file(path, message);
-        let value = read_json(path)?;
-        let architecture = architecture_of(&value).map_err(fail)?;
-        let raw: RawConfig =
-            serde_json::from_value(value).map_err(|error| fail(format!("not a usable configuration: {error}")))?;
-        Config::from_raw(architecture, raw).map_err(fail)
+        Config::from_json(read_json(path)?).map_err(|message| Error::model_file(path, message))
+    }
+
+    pub(super) fn from_json(value: Value) -> std::result::Result<Config, String> {
+        let architecture = architecture_of(&value)?;
+        let raw = serde_json::from_value(value).map_err(|error| format!("not a usable configuration: {error}"))?;
+        Config::from_raw(architecture, raw)
     }
 
     fn from_raw(architecture: Architecture, raw: RawConfig) -> std::result::Result<Config, String> {
@@ -209,6 +210,23 @@ impl Config {
     /// How many tokens a row of this layer may attend to, itself included; `None` for all.
     pub fn layer_sliding_window(&self, layer: usize) -> Option<usize> {
         self.sliding_windows[layer]
+    }
+
+    /// Multiplications and additions of the matrix products and the attention of one reading step of `tokens` tokens:
+    /// all layers but the last in full, of the last the keys of all rows and the queries of `question_rows`. Attention
+    /// counts the half of its square that is not masked.
+    pub fn step_flops(&self, tokens: usize, question_rows: usize) -> u64 {
+        let (hidden, q_dim, kv_dim) = (self.hidden_size, self.q_dim(), self.kv_dim());
+        let layer_weights = hidden * (2 * q_dim + 2 * kv_dim + 3 * self.intermediate_size);
+        // Twice the number of pairs of a row and a key it attends to; once each for q k^T and p v.
+        let pairs = |window: Option<usize>| {
+            let masked = tokens.saturating_sub(window.unwrap_or(tokens));
+            tokens * tokens - masked * masked
+        };
+        let full_layers = &self.sliding_windows[..self.num_hidden_layers - 1];
+        let attention: usize = full_layers.iter().map(|&window| pairs(window) * q_dim).sum();
+        let last = tokens * hidden * kv_dim + question_rows * q_dim * (hidden + tokens);
+        2 * (full_layers.len() * tokens * layer_weights + attention + last) as u64
     }
 }
 

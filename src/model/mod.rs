@@ -1,12 +1,16 @@
 //! A Hugging Face model directory: config.json, generation_config.json and the mmap'd weights.
 
 mod config;
+mod random;
 mod rope;
 mod weights;
 
 use std::path::{Path, PathBuf};
 
 pub use config::{Architecture, Config, GenerationConfig};
+#[cfg(gleaner_cuda)]
+pub(crate) use random::fill_normal;
+pub use random::{RANDOM_WEIGHTS, SHAPES};
 pub use rope::RopeTable;
 pub use weights::{Dtype, Tensor, Weights};
 
@@ -88,29 +92,40 @@ impl Model {
         let config = Config::open(&path.join("config.json"))?;
         let generation_config = GenerationConfig::open(&path.join("generation_config.json"), &config)?;
         let weights = Weights::open(path)?;
+        let tensor = |name: &str, shape: &[usize]| weights.tensor(name, shape);
+        Model::assemble(path, config, generation_config, weights.bytes(), &tensor)
+    }
 
+    /// The model whose tensors `tensor` finds by name and shape.
+    fn assemble(
+        path: &Path,
+        config: Config,
+        generation_config: GenerationConfig,
+        weight_bytes: u64,
+        tensor: &dyn Fn(&str, &[usize]) -> Result<Tensor>,
+    ) -> Result<Model> {
         let hidden = config.hidden_size;
         let (q_dim, kv_dim) = (config.q_dim(), config.kv_dim());
         let linear = |name: String, out: usize, input: usize, bias: bool| -> Result<Linear> {
             Ok(Linear {
-                weight: weights.tensor(&format!("{name}.weight"), &[out, input])?,
-                bias: bias.then(|| weights.tensor(&format!("{name}.bias"), &[out])).transpose()?,
+                weight: tensor(&format!("{name}.weight"), &[out, input])?,
+                bias: bias.then(|| tensor(&format!("{name}.bias"), &[out])).transpose()?,
             })
         };
         let layers = (0..config.num_hidden_layers)
             .map(|layer| {
                 let name = |part: &str| format!("model.layers.{layer}.{part}");
                 let head_norm =
-                    |part: &str| config.qk_norm().then(|| weights.tensor(&name(part), &[config.head_dim])).transpose();
+                    |part: &str| config.qk_norm().then(|| tensor(&name(part), &[config.head_dim])).transpose();
                 Ok(LayerWeights {
-                    input_layernorm: weights.tensor(&name("input_layernorm.weight"), &[hidden])?,
+                    input_layernorm: tensor(&name("input_layernorm.weight"), &[hidden])?,
                     q_proj: linear(name("self_attn.q_proj"), q_dim, hidden, config.qkv_bias)?,
                     k_proj: linear(name("self_attn.k_proj"), kv_dim, hidden, config.qkv_bias)?,
                     v_proj: linear(name("self_attn.v_proj"), kv_dim, hidden, config.qkv_bias)?,
                     o_proj: linear(name("self_attn.o_proj"), hidden, q_dim, config.o_bias)?,
                     q_norm: head_norm("self_attn.q_norm.weight")?,
                     k_norm: head_norm("self_attn.k_norm.weight")?,
-                    post_attention_layernorm: weights.tensor(&name("post_attention_layernorm.weight"), &[hidden])?,
+                    post_attention_layernorm: tensor(&name("post_attention_layernorm.weight"), &[hidden])?,
                     gate_proj: linear(name("mlp.gate_proj"), config.intermediate_size, hidden, config.mlp_bias)?,
                     up_proj: linear(name("mlp.up_proj"), config.intermediate_size, hidden, config.mlp_bias)?,
                     down_proj: linear(name("mlp.down_proj"), hidden, config.intermediate_size, config.mlp_bias)?,
@@ -118,19 +133,19 @@ impl Model {
                 })
             })
             .collect::<Result<Vec<_>>>()?;
-        let embed_tokens = weights.tensor("model.embed_tokens.weight", &[config.vocab_size, hidden])?;
+        let embed_tokens = tensor("model.embed_tokens.weight", &[config.vocab_size, hidden])?;
         let lm_head = match config.tie_word_embeddings {
             true => embed_tokens.clone(),
-            false => weights.tensor("lm_head.weight", &[config.vocab_size, hidden])?,
+            false => tensor("lm_head.weight", &[config.vocab_size, hidden])?,
         };
         Ok(Model {
             path: path.into(),
             generation_config,
             embed_tokens,
             layers,
-            norm: weights.tensor("model.norm.weight", &[hidden])?,
+            norm: tensor("model.norm.weight", &[hidden])?,
             lm_head,
-            weight_bytes: weights.bytes(),
+            weight_bytes,
             config,
         })
     }

@@ -50,6 +50,12 @@ impl std::fmt::Debug for Tensor {
 }
 
 impl Tensor {
+    /// The elements from byte `start` of `file` on.
+    pub(super) fn view(file: Arc<Mmap>, start: usize, dtype: Dtype, shape: &[usize]) -> Tensor {
+        let bytes = shape.iter().product::<usize>() * dtype.size();
+        Tensor { file, range: start..start + bytes, dtype, shape: shape.to_vec() }
+    }
+
     /// How its elements are stored.
     pub fn dtype(&self) -> Dtype {
         self.dtype

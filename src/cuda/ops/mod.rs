@@ -50,6 +50,13 @@ pub struct DeviceLinear {
     pub k: usize,
 }
 
+impl DeviceLinear {
+    /// `weight` is `[n, k]`, `bias` `[n]`.
+    pub fn new(weight: CudaSlice<bf16>, bias: Option<CudaSlice<bf16>>, n: usize, k: usize) -> DeviceLinear {
+        DeviceLinear { weight, bias, n, k }
+    }
+}
+
 /// Heads that are rotated by their row's position.
 #[derive(Clone, Copy)]
 pub struct Rotation<'a> {
