@@ -11,6 +11,8 @@ mod model;
 pub mod ops;
 #[cfg(gleaner_cuda)]
 mod reader;
+#[cfg(gleaner_cuda)]
+mod statistics;
 
 use std::sync::Arc;
 
@@ -18,6 +20,8 @@ use std::sync::Arc;
 pub use device::CudaDevice;
 #[cfg(gleaner_cuda)]
 pub use reader::CudaReader;
+#[cfg(gleaner_cuda)]
+pub use statistics::Statistics;
 
 #[cfg(not(gleaner_cuda))]
 use crate::Error;

@@ -4,7 +4,6 @@ use cudarc::driver::CudaSlice;
 use half::bf16;
 
 use super::CudaDevice;
-use super::device::driver_error;
 use super::ops::{DeviceLinear, Heads};
 use crate::Result;
 use crate::model::{LayerWeights, Linear, Model, RopeTable, Tensor};
@@ -79,8 +78,8 @@ fn gate_up_order(intermediate_size: usize) -> Vec<usize> {
 }
 
 impl CudaDevice {
-    fn upload(&self, values: &[bf16]) -> Result<CudaSlice<bf16>> {
-        self.stream().clone_htod(values).map_err(|error| driver_error("copying weights to the GPU", error))
+    fn upload_weights(&self, values: &[bf16]) -> Result<CudaSlice<bf16>> {
+        self.upload("copying weights to the GPU", values)
     }
 
     /// The given projections on top of each other, with their rows in the order of `order`.
@@ -95,8 +94,8 @@ impl CudaDevice {
             .collect::<Option<Vec<_>>>()
             .map(|bias| bias.concat());
         Ok(DeviceLinear {
-            weight: self.upload(&in_order(weight))?,
-            bias: bias.map(|bias| self.upload(&in_order(bias))).transpose()?,
+            weight: self.upload_weights(&in_order(weight))?,
+            bias: bias.map(|bias| self.upload_weights(&in_order(bias))).transpose()?,
             n,
             k,
         })
@@ -108,16 +107,16 @@ impl CudaDevice {
         let rotated = (q_heads + kv_heads) * dim;
         let qkv_order: Vec<usize> =
             rotary_order_of(q_heads + kv_heads, dim).into_iter().chain(rotated..rotated + kv_heads * dim).collect();
-        let head_norm = |norm: &Tensor| self.upload(&reorder(&to_bf16(norm), &rotary_order(dim)));
+        let head_norm = |norm: &Tensor| self.upload_weights(&reorder(&to_bf16(norm), &rotary_order(dim)));
         Ok(DeviceLayer {
-            input_layernorm: self.upload(&to_bf16(&layer.input_layernorm))?,
+            input_layernorm: self.upload_weights(&to_bf16(&layer.input_layernorm))?,
             qkv: self.linear(&[&layer.q_proj, &layer.k_proj, &layer.v_proj], Some(&qkv_order))?,
             head_norms: match (&layer.q_norm, &layer.k_norm) {
                 (Some(q), Some(k)) => Some([head_norm(q)?, head_norm(k)?]),
                 _ => None,
             },
             o_proj: self.linear(&[&layer.o_proj], None)?,
-            post_attention_layernorm: self.upload(&to_bf16(&layer.post_attention_layernorm))?,
+            post_attention_layernorm: self.upload_weights(&to_bf16(&layer.post_attention_layernorm))?,
             gate_up: self
                 .linear(&[&layer.gate_proj, &layer.up_proj], Some(&gate_up_order(config.intermediate_size)))?,
             down_proj: self.linear(&[&layer.down_proj], None)?,
@@ -132,7 +131,7 @@ impl CudaDevice {
         let padded = |tensor: &Tensor| {
             let mut values = to_bf16(tensor);
             values.resize(vocab_rows * config.hidden_size, bf16::ZERO);
-            self.upload(&values)
+            self.upload_weights(&values)
         };
         let last = model.layers.last().expect("a checked configuration has layers");
         let rotated =
@@ -144,7 +143,7 @@ impl CudaDevice {
                 q_proj: rotated(&last.q_proj, config.num_attention_heads)?,
                 k_proj: rotated(&last.k_proj, config.num_key_value_heads)?,
             },
-            norm: self.upload(&to_bf16(&model.norm))?,
+            norm: self.upload_weights(&to_bf16(&model.norm))?,
             lm_head: (!config.tie_word_embeddings).then(|| padded(&model.lm_head)).transpose()?,
             vocab_rows,
         })
@@ -154,6 +153,6 @@ impl CudaDevice {
     pub fn rope_table(&self, model: &Model, len: usize) -> Result<CudaSlice<f32>> {
         let table = RopeTable::new(&model.config, len);
         let by_turns: Vec<f32> = table.cos.iter().zip(&table.sin).flat_map(|(cos, sin)| [*cos, *sin]).collect();
-        self.stream().clone_htod(&by_turns).map_err(|error| driver_error("copying the rotary table to the GPU", error))
+        self.upload("copying the rotary table to the GPU", &by_turns)
     }
 }

@@ -1,7 +1,7 @@
 //! The loop on the device: a plan's tables, the state that steps hand on, and the launches from the final layer's keys
 //! and queries to the next prompt.
 
-use cudarc::driver::DeviceRepr;
+use cudarc::driver::{CudaViewMut, DeviceRepr};
 
 use super::*;
 use crate::cuda::device::driver_error;
@@ -56,9 +56,7 @@ impl DevicePlan {
     /// # Errors
     /// [`Error::Cuda`].
     pub fn new(device: &CudaDevice, plan: &Plan) -> Result<DevicePlan> {
-        let upload = |values: &[u32]| {
-            device.stream().clone_htod(values).map_err(|error| driver_error("copying the plan to the GPU", error))
-        };
+        let upload = |values: &[u32]| device.upload("copying the plan to the GPU", values);
         // An empty buffer has no address.
         let prefix = if plan.prefix.is_empty() { &[0][..] } else { &plan.prefix };
         let buffers = [&plan.tokens[..], &plan.sentence_offsets, &plan.chunk_offsets, prefix, &plan.tail];
@@ -84,20 +82,22 @@ impl DevicePlan {
     }
 }
 
+/// Integers that the state takes in the journal: what follows it is aligned to 16 bytes.
+const STATE_INTS: usize = state::LEN.next_multiple_of(4);
+const STEP_INTS: usize = size_of::<Step>() / 4;
+const SELECTED_INTS: usize = size_of::<Selected>() / 4;
+
 /// What the steps of one document share on the device.
 pub struct StepBuffers {
-    /// The state, as integers; see [`state`].
-    pub state: CudaSlice<i32>,
-    /// The step's prompt, `[max_tokens]`.
-    pub prompt: CudaSlice<u32>,
-    /// Probabilities of the question rows, summed over heads, `[max_rows, max_tokens]`.
-    pub head_sums: CudaSlice<f32>,
+    /// All that is read back, so that one copy brings it: the state, padded to [`STATE_INTS`]; a [`Step`] a chunk; and
+    /// `max_log` times [`Selected`] a chunk.
+    journal: CudaSlice<i32>,
+    prompt: CudaSlice<u32>,
+    head_sums: CudaSlice<f32>,
     logits: CudaSlice<f32>,
     stats: CudaSlice<f32>,
     row_weights: CudaSlice<f32>,
     scores: CudaSlice<f64>,
-    log: CudaSlice<u32>,
-    step_log: CudaSlice<i32>,
     _ints: [CudaSlice<i32>; 3],
     _words: [CudaSlice<u32>; 3],
     _phrase_scores: CudaSlice<f32>,
@@ -128,12 +128,13 @@ impl StepBuffers {
         let blocks = max_tokens.div_ceil(128);
         let mut ints = [device.zeros(max_tokens)?, device.zeros(max_tokens)?, device.zeros(max_tokens)?];
         let mut words = [device.zeros(max_tokens)?, device.zeros(max_tokens)?, device.zeros(max_tokens)?];
-        let (mut state, mut prompt) = (device.zeros(state::LEN)?, device.zeros(max_tokens)?);
+        let mut prompt = device.zeros(max_tokens)?;
         let (mut scores, mut phrase_scores) = (device.zeros(max_tokens)?, device.zeros(max_tokens)?);
-        let mut log: CudaSlice<u32> = device.zeros(plan.chunks() * max_log * size_of::<Selected>() / 4)?;
-        let mut step_log: CudaSlice<i32> = device.zeros(plan.chunks() * size_of::<Step>() / 4)?;
+        let log_start = STATE_INTS + plan.chunks() * STEP_INTS;
+        let mut journal = device.zeros(log_start + plan.chunks() * max_log * SELECTED_INTS)?;
+        let state = device.address_mut::<i32>(&mut journal) as *mut i32;
         let raw = ffi::GleanerLoop {
-            state: device.address_mut::<i32>(&mut state) as *mut _,
+            state: state as *mut _,
             prompt: device.address_mut::<u32>(&mut prompt) as *mut _,
             owner: device.address_mut(&mut ints[0]) as *mut _,
             starts: device.address_mut(&mut ints[1]) as *mut _,
@@ -143,21 +144,19 @@ impl StepBuffers {
             kept: device.address_mut(&mut words[2]) as *mut _,
             scores: device.address_mut::<f64>(&mut scores) as *mut _,
             phrase_scores: device.address_mut::<f32>(&mut phrase_scores) as *mut _,
-            log: device.address_mut(&mut log) as *mut _,
-            step_log: device.address_mut(&mut step_log) as *mut _,
+            log: state.wrapping_add(log_start) as *mut _,
+            step_log: state.wrapping_add(STATE_INTS) as *mut _,
             max_tokens: max_tokens as i32,
             max_log: max_log as i32,
         };
         Ok(StepBuffers {
-            state,
+            journal,
             prompt,
             head_sums: device.zeros(max_rows * max_tokens)?,
             logits: device.zeros(heads.q * max_rows * max_tokens)?,
             stats: device.zeros(heads.q * max_rows * blocks * 2)?,
             row_weights: device.zeros(max_rows)?,
             scores,
-            log,
-            step_log,
             _ints: ints,
             _words: words,
             _phrase_scores: phrase_scores,
@@ -169,17 +168,37 @@ impl StepBuffers {
 
     /// Live rows of the step's prompt.
     pub fn rows(&self) -> Rows<'_> {
-        Rows { ints: &self.state, index: state::TOKENS, max: self.max_tokens }
+        Rows { ints: &self.journal, index: state::TOKENS, max: self.max_tokens }
     }
 
     /// Its question rows.
     pub fn question_rows(&self) -> Rows<'_> {
-        Rows { ints: &self.state, index: state::QUESTION_ROWS, max: self.max_rows }
+        Rows { ints: &self.journal, index: state::QUESTION_ROWS, max: self.max_rows }
     }
 
     /// The first of them.
     pub fn question_start(&self) -> Shift<'_> {
-        Shift { ints: &self.state, index: state::QUESTION_START }
+        Shift { ints: &self.journal, index: state::QUESTION_START }
+    }
+
+    /// The step's prompt, `[max_tokens]`.
+    pub fn prompt(&self) -> &CudaSlice<u32> {
+        &self.prompt
+    }
+
+    /// Probabilities of the question rows, summed over heads, `[max_rows, max_tokens]`.
+    pub fn head_sums(&self) -> &CudaSlice<f32> {
+        &self.head_sums
+    }
+
+    /// Scores of the context's tokens before the box filter, `[max_tokens]`.
+    pub fn scores(&self) -> &CudaSlice<f64> {
+        &self.scores
+    }
+
+    /// The same, for a caller with scores of its own. A view: the buffer itself must stay where the kernels know it.
+    pub fn scores_mut(&mut self) -> CudaViewMut<'_, f64> {
+        self.scores.slice_mut(..)
     }
 
     /// The readback: what all steps did, and the error flags. Waits for the device.
@@ -187,12 +206,9 @@ impl StepBuffers {
     /// # Errors
     /// [`Error::NotFinite`], [`Error::Cuda`].
     pub fn read_back(&self, device: &CudaDevice, plan: &Plan) -> Result<StepLog> {
-        let failed = |error| driver_error("reading a document", error);
-        let stream = device.stream();
-        let state: Vec<i32> = stream.clone_dtoh(&self.state).map_err(failed)?;
-        let steps: Vec<i32> = stream.clone_dtoh(&self.step_log).map_err(failed)?;
-        let log: Vec<u32> = stream.clone_dtoh(&self.log).map_err(failed)?;
-        stream.synchronize().map_err(failed)?;
+        let journal = device.download("reading a document", &self.journal)?;
+        let (state, logs) = journal.split_at(STATE_INTS);
+        let (steps, log) = logs.split_at(plan.chunks() * STEP_INTS);
         let at = |offset: usize| state[offset / 4];
         let error = at(std::mem::offset_of!(ffi::GleanerState, error));
         if error & ffi::GLEANER_ERROR_NOT_FINITE as i32 != 0 {
@@ -202,8 +218,8 @@ impl StepBuffers {
             let message = format!("a step has more than the {} tokens that were planned for", self.max_tokens);
             return Err(Error::Cuda { op: "reading a document".into(), message });
         }
-        let steps: &[Step] = bytemuck::cast_slice(&steps);
-        let log: &[Selected] = bytemuck::cast_slice(&log);
+        let steps: &[Step] = bytemuck::cast_slice(steps);
+        let log: &[Selected] = bytemuck::cast_slice(log);
         let max_log = log.len() / plan.chunks();
         let selected = steps.iter().zip(log.chunks(max_log)).map(|(step, log)| {
             log[..step.selected as usize].iter().map(|entry| (entry.sentence, entry.kept == 1, entry.score)).collect()
@@ -239,28 +255,27 @@ impl CudaDevice {
         check(unsafe { ffi::gleaner_start(&steps.raw, &plan.raw, self.raw_stream()) }, || "start".into())
     }
 
-    /// From the last layer's queries `[max_rows, q * dim]` and keys `[max_tokens, kv * dim]` to the next step's prompt:
-    /// three launches.
+    /// From the last layer's queries `[max_rows, q * dim]` and keys `[max_tokens, kv * dim]` to the scores of the
+    /// context's tokens: two launches.
     ///
     /// # Errors
     /// [`Error::Cuda`].
-    pub fn score_and_select(
+    pub fn question_scores(
         &self,
         steps: &mut StepBuffers,
-        plan: &DevicePlan,
         q: &CudaSlice<bf16>,
         k: &CudaSlice<bf16>,
         heads: Heads,
     ) -> Result<()> {
         let (max_rows, max_tokens) = (steps.max_rows, steps.max_tokens);
         let op = || {
-            format!("score_and_select [{max_rows}, {max_tokens}, {} of {} heads of {}]", heads.q, heads.kv, heads.dim)
+            format!("question_scores [{max_rows}, {max_tokens}, {} of {} heads of {}]", heads.q, heads.kv, heads.dim)
         };
         check_heads(&op, heads)?;
         let fits = q.len() >= max_rows * heads.q * heads.dim && k.len() >= max_tokens * heads.kv * heads.dim;
         require(fits, op, "a buffer is smaller than its rows")?;
         require(heads.q <= 128, op, "at most 128 query heads")?;
-        let state = self.address(&steps.state) as *const ffi::GleanerState;
+        let state = self.address(&steps.journal) as *const ffi::GleanerState;
         check(
             // SAFETY: the step buffers were made for these rows, tokens and heads; q and k hold them (checked above).
             unsafe {
@@ -298,8 +313,15 @@ impl CudaDevice {
                 )
             },
             op,
-        )?;
+        )
+    }
+
+    /// From scores to the sentences that stay, the step's log and the next step's prompt.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`].
+    pub fn select(&self, steps: &mut StepBuffers, plan: &DevicePlan) -> Result<()> {
         // SAFETY: as in `start`.
-        check(unsafe { ffi::gleaner_select(&steps.raw, &plan.raw, self.raw_stream()) }, op)
+        check(unsafe { ffi::gleaner_select(&steps.raw, &plan.raw, self.raw_stream()) }, || "select".into())
     }
 }
