@@ -1,13 +1,17 @@
 //! The CUDA reader against the fp32 reader, on a GPU: `cargo test --release --test gpu_reader -- --ignored`.
 #![cfg(gleaner_cuda)]
 
+mod checkpoints;
+#[path = "../common/mod.rs"]
 mod common;
+mod recorded;
+mod runs;
 
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use common::{demo_dir, root};
+use common::{DEMO, demo_dir, root};
 use gleaner::cpu::CpuReader;
 use gleaner::cuda::{CudaDevice, CudaReader};
 use gleaner::model::Model;
@@ -16,8 +20,23 @@ use gleaner::reader::{Gleaned, Reader, Sampling};
 use gleaner::{AskParams, Device, Document, Engine};
 use serde_json::Value;
 
+fn cuda_reader(model: Arc<Model>) -> CudaReader {
+    CudaReader::new(CudaDevice::open(0).unwrap(), model).unwrap()
+}
+
+/// A small random model of this architecture.
+fn small_model(name: &str) -> Arc<Model> {
+    Arc::new(Model::open(root().join("tests/golden/arch").join(name)).unwrap())
+}
+
 fn read(reader: &dyn Reader, plan: &Plan) -> Gleaned {
     reader.read(plan, &mut |_| ControlFlow::Continue(())).unwrap()
+}
+
+/// The likeliest tokens behind `prompt`.
+fn answer(reader: &dyn Reader, prompt: &[u32], max_new_tokens: usize) -> Vec<u32> {
+    let greedy = Sampling { max_new_tokens, ..Sampling::default() };
+    reader.answer(prompt, &greedy, &mut |_| ControlFlow::Continue(())).unwrap()
 }
 
 fn ids(gleaned: &Gleaned) -> BTreeSet<u32> {
@@ -67,8 +86,8 @@ const LOGIT_TOLERANCE: f32 = 0.15;
 #[ignore = "needs a GPU"]
 fn architectures_agree_with_the_fp32_reader() {
     for name in ["llama", "llama31_rope", "mistral", "mistral_sliding", "qwen2", "qwen3", "yarn"] {
-        let model = Arc::new(Model::open(root().join("tests/golden/arch").join(name)).unwrap());
-        let cuda = CudaReader::new(CudaDevice::open(0).unwrap(), model.clone()).unwrap();
+        let model = small_model(name);
+        let cuda = cuda_reader(model.clone());
         let cpu = CpuReader::new(model);
         let plan = noise_plan(256, 10, 4096);
         let (ours, expected) = (read(&cuda, &plan), read(&cpu, &plan));
@@ -84,8 +103,7 @@ fn architectures_agree_with_the_fp32_reader() {
         let (prompt, vocab_size) = (&plan.tokens[..100], 256);
         let (_, logits) = cpu.hidden_and_logits(prompt).unwrap();
         let logits = &logits[logits.len() - vocab_size..];
-        let greedy = Sampling { max_new_tokens: 1, ..Sampling::default() };
-        let first = cuda.answer(prompt, &greedy, &mut |_| ControlFlow::Continue(())).unwrap();
+        let first = answer(&cuda, prompt, 1);
         let behind = logits.iter().copied().fold(f32::MIN, f32::max) - logits[first[0] as usize];
         assert!(behind <= LOGIT_TOLERANCE, "{name}: the first token is {behind} behind the likeliest");
         println!("{name}: {:.0}% in common, scores within {worst:.1e} of the largest", common * 100.0);
@@ -98,8 +116,7 @@ fn architectures_agree_with_the_fp32_reader() {
 #[test]
 #[ignore = "needs a GPU"]
 fn runs_repeat_to_the_bit() {
-    let model = Arc::new(Model::open(demo_dir()).unwrap());
-    let reader = CudaReader::new(CudaDevice::open(0).unwrap(), model).unwrap();
+    let reader = cuda_reader(DEMO.clone());
     for max_retained in [150, 4096] {
         let plan = noise_plan(8000, 205, max_retained);
         let mut retained = Vec::new();
