@@ -11,9 +11,9 @@ use super::{
 /// Shapes of the demo model, of Qwen2.5-0.5B, and odd ones.
 const LINEARS: [(usize, usize); 5] = [(640, 384), (1152, 896), (48, 40), (896, 4864), (272, 72)];
 
-fn residual(gpu: &mut Gpu, rows: usize, n: usize, k: usize) -> f64 {
+fn residual(gpu: &mut Gpu, rows: usize, (n, k): (usize, usize), bias: bool) -> f64 {
     gpu.set(rows, [0, 0]);
-    let (linear, weight, bias) = gpu.linear(n, k, rows.is_multiple_of(2));
+    let (linear, weight, bias) = gpu.linear(n, k, bias);
     let (a, x) = (noise(rows * k, 5), noise(rows * n, 6));
     let mut out = gpu.with_canaries(&x, n);
     gpu.device.gemm_residual(&mut out, &gpu.with_junk(&a, k), &linear, gpu.rows(rows)).unwrap();
@@ -29,9 +29,9 @@ fn residual(gpu: &mut Gpu, rows: usize, n: usize, k: usize) -> f64 {
     worst.max(check_product(&gpu.download(&out, n, &op), &expected, k, &op))
 }
 
-fn swiglu(gpu: &mut Gpu, rows: usize, n: usize, k: usize) -> f64 {
+fn swiglu(gpu: &mut Gpu, rows: usize, (n, k): (usize, usize), bias: bool) -> f64 {
     gpu.set(rows, [0, 0]);
-    let (linear, weight, bias) = gpu.linear(n, k, rows.is_multiple_of(2));
+    let (linear, weight, bias) = gpu.linear(n, k, bias);
     let a = noise(rows * k, 7);
     let expected: Vec<f64> = product(&a, &weight, &bias, n, k)
         .chunks(16)
@@ -76,7 +76,9 @@ fn gemm_residual() {
     let mut worst = 0.0f64;
     for (n, k) in LINEARS {
         for rows in [1, 64, 65, 127, 129, 300] {
-            worst = worst.max(residual(&mut gpu, rows, n, k));
+            for bias in [false, true] {
+                worst = worst.max(residual(&mut gpu, rows, (n, k), bias));
+            }
         }
     }
     println!("gemm_residual: worst error {worst:.2} of the bound");
@@ -89,7 +91,9 @@ fn gemm_swiglu() {
     let mut worst = 0.0f64;
     for (n, k) in LINEARS {
         for rows in [1, 63, 128, 200] {
-            worst = worst.max(swiglu(&mut gpu, rows, n, k));
+            for bias in [false, true] {
+                worst = worst.max(swiglu(&mut gpu, rows, (n, k), bias));
+            }
         }
     }
     println!("gemm_swiglu: worst error {worst:.2} of the bound");
@@ -114,11 +118,11 @@ fn gemm_at_reading_lengths() {
     let mut gpu = Gpu::open();
     let mut worst = 0.0f64;
     for rows in READING_LENGTHS {
-        for (n, k) in [(384, 640), (896, 896), (896, 4864), (272, 72)] {
-            worst = worst.max(residual(&mut gpu, rows, n, k));
+        for shape in [(384, 640), (896, 896), (896, 4864), (272, 72)] {
+            worst = worst.max(residual(&mut gpu, rows, shape, false));
         }
-        for (n, k) in [(2048, 384), (9728, 896), (272, 72)] {
-            worst = worst.max(swiglu(&mut gpu, rows, n, k));
+        for shape in [(2048, 384), (9728, 896), (272, 72)] {
+            worst = worst.max(swiglu(&mut gpu, rows, shape, false));
         }
         for (head_dim, n, k) in [(64, 640, 384), (64, 1152, 896), (128, 384, 72)] {
             worst = worst.max(rope(&mut gpu, (rows, 0), head_dim, n, k));
