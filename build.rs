@@ -10,8 +10,10 @@ use std::process::{Command, Output};
 
 /// Machine code for Ampere and Hopper, and PTX from which drivers make code for what came later. Code for 8.0 runs on
 /// 8.6 and 8.9 too.
-const ARCHITECTURES: [(&str, &str); 3] =
-    [("compute_80", "sm_80"), ("compute_90a", "sm_90a"), ("compute_90", "compute_90")];
+const ARCHITECTURES: [(&str, &str); 3] = [("compute_80", "sm_80"), HOPPER, ("compute_90", "compute_90")];
+
+/// Files whose name ends in `_sm90` use instructions that this one alone has.
+const HOPPER: (&str, &str) = ("compute_90a", "sm_90a");
 
 /// Oldest toolkit that the kernels are written for.
 const MIN_CUDA: (u32, u32) = (12, 8);
@@ -117,7 +119,9 @@ fn compile(toolkit: &Toolkit, strict: bool) {
         let mut nvcc = Command::new(&toolkit.nvcc);
         nvcc.args(["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-Wall,-Wextra", "-c"]);
         nvcc.arg("-I").arg(&toolkit.include_dir);
-        nvcc.args(ARCHITECTURES.map(|(arch, code)| format!("-gencode=arch={arch},code={code}")));
+        let hopper_only = source.file_stem().is_some_and(|stem| stem.to_string_lossy().ends_with("_sm90"));
+        let architectures = if hopper_only { &[HOPPER][..] } else { &ARCHITECTURES };
+        nvcc.args(architectures.iter().map(|(arch, code)| format!("-gencode=arch={arch},code={code}")));
         if strict {
             nvcc.args(["-Werror=all-warnings", "-Xptxas=-Werror,-warn-spills,-warn-lmem-usage"]);
         }

@@ -98,6 +98,13 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(Operands operands, Ep
             bias_low = unpack(*reinterpret_cast<const uint32_t *>(operands.bias + column));
             bias_high = unpack(*reinterpret_cast<const uint32_t *>(operands.bias + column + 8));
         }
+        // Asked for before anything is written, or each load would wait for the stores before it.
+        typename Epilogue::Loaded loaded[kFragmentsM * 2];
+#pragma unroll
+        for (int i = 0; i < kFragmentsM * 2; ++i) {
+            const int row = m0 + warp_m + i * 8 + lane / 4;
+            if (row < rows) loaded[i] = epilogue.load(row, column);
+        }
 #pragma unroll
         for (int i = 0; i < kFragmentsM; ++i) {
 #pragma unroll
@@ -106,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(Operands operands, Ep
                 if (row >= rows) continue;
                 const float low[2] = {c[i][j][half * 2] + bias_low.x, c[i][j][half * 2 + 1] + bias_low.y};
                 const float high[2] = {c[i][j + 1][half * 2] + bias_high.x, c[i][j + 1][half * 2 + 1] + bias_high.y};
-                epilogue(row, column, low, high);
+                epilogue(row, column, low, high, loaded[i * 2 + half]);
             }
         }
     }

@@ -11,7 +11,9 @@ constexpr int kColumns = 4;  // of a warp
 
 struct Logits {
     float *out;
-    __device__ void operator()(int, int column, const float (&low)[2], const float (&high)[2]) const {
+    using Loaded = Nothing;
+    __device__ Nothing load(int, int) const { return {}; }
+    __device__ void operator()(int, int column, const float (&low)[2], const float (&high)[2], Nothing) const {
         *reinterpret_cast<float2 *>(out + column) = {low[0], low[1]};
         *reinterpret_cast<float2 *>(out + column + 8) = {high[0], high[1]};
     }
@@ -49,7 +51,8 @@ __global__ void __launch_bounds__(kThreads)
     }
     if (lane > 0) return;
     const float low[2] = {sums[0], sums[1]}, high[2] = {sums[2], sums[3]};
-    epilogue(out_row ? *out_row : 0, column, low, high);
+    const int row = out_row ? *out_row : 0;
+    epilogue(row, column, low, high, epilogue.load(row, column));
 }
 
 template <class Epilogue>

@@ -38,6 +38,15 @@ int32_t gleaner_gemm_rope(void *out, const void *a, const void *weight, const vo
                           const int32_t *rows, const int32_t *row_start, int32_t max_rows, int32_t n, int32_t k,
                           int32_t head_dim, int32_t rope_columns, void *stream);
 
+// The same three for Hopper (compute capability 9.0 alone). a_rows: rows that a holds, dead ones among them.
+int32_t gleaner_gemm_sm90_residual(void *x, const void *a, const void *weight, const void *bias, const int32_t *rows,
+                                   int32_t max_rows, int32_t n, int32_t k, void *stream);
+int32_t gleaner_gemm_sm90_swiglu(void *out, const void *a, const void *weight, const void *bias, const int32_t *rows,
+                                 int32_t max_rows, int32_t n, int32_t k, void *stream);
+int32_t gleaner_gemm_sm90_rope(void *out, const void *a, const void *weight, const void *bias, const void *table,
+                               const int32_t *rows, const int32_t *row_start, int32_t max_rows, int32_t a_rows,
+                               int32_t n, int32_t k, int32_t head_dim, int32_t rope_columns, void *stream);
+
 // The same for one row, a [k]: out fp32 [n].
 int32_t gleaner_gemv_logits(float *out, const void *a, const void *weight, int32_t n, int32_t k, void *stream);
 

@@ -222,6 +222,20 @@ impl Plan {
         self.prefix.len() + (retained + chunk) as usize + self.tail.len()
     }
 
+    /// The sizes that a reader's memory depends on.
+    pub fn shape(&self) -> PlanShape {
+        PlanShape {
+            max_step_tokens: self.max_step_tokens(),
+            question_rows: self.tail.len() - self.question_start as usize,
+            prefix_tokens: self.prefix.len(),
+            tail_tokens: self.tail.len(),
+            topk: self.topk as usize,
+            chunks: self.chunks(),
+            sentences: self.sentences(),
+            tokens: self.tokens.len(),
+        }
+    }
+
     /// Checks that the tables agree with each other and with an embedding of `vocab_size` rows, so that a plan from
     /// anywhere can be read without further checks.
     ///
@@ -250,6 +264,52 @@ impl Plan {
                 fail(format!("token {id} is beyond the vocabulary of {vocab_size}"))
             }
             _ => Ok(()),
+        }
+    }
+}
+
+/// The sizes of a plan that a reader's memory depends on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PlanShape {
+    /// Upper bound of a step's tokens.
+    pub max_step_tokens: usize,
+    /// Rows of a step that attention is read from.
+    pub question_rows: usize,
+    /// Tokens before the context.
+    pub prefix_tokens: usize,
+    /// Tokens behind it.
+    pub tail_tokens: usize,
+    /// Best tokens of a step.
+    pub topk: usize,
+    /// Number of chunks, which is that of steps.
+    pub chunks: usize,
+    /// Number of sentences.
+    pub sentences: usize,
+    /// Tokens of the document.
+    pub tokens: usize,
+}
+
+/// Tokens of an ordinary sentence.
+const SENTENCE_TOKENS: usize = 20;
+
+impl PlanShape {
+    /// What to expect of a document of `tokens` tokens in ordinary sentences, with `frame_tokens` behind the context, all
+    /// of them question rows.
+    pub fn estimate(params: &ReadParams, tokens: usize, frame_tokens: usize) -> PlanShape {
+        let sentences = tokens.div_ceil(SENTENCE_TOKENS);
+        // Each sentence counts one more, and the one that no longer fits leaves half its length unused.
+        let filled = (params.window_length + 1 - SENTENCE_TOKENS.min(params.window_length) / 2).max(1);
+        let chunks = (tokens + sentences).div_ceil(filled).max(1);
+        let retained = if chunks > 1 { params.max_retained() } else { 0 };
+        PlanShape {
+            max_step_tokens: params.window_length.min(tokens) + retained + frame_tokens,
+            question_rows: frame_tokens,
+            prefix_tokens: 0,
+            tail_tokens: frame_tokens,
+            topk: params.topk,
+            chunks,
+            sentences,
+            tokens,
         }
     }
 }
@@ -297,6 +357,25 @@ mod tests {
         assert_eq!(chunk_offsets(&[6, 6, 6], &[false, true, true], 10), [0, 1, 2, 3], "a unit beyond the window");
     }
 
+    /// Sentences of 1 to 39 tokens, 20 in the mean, cut into chunks as a document is.
+    #[test]
+    fn the_expected_shape_is_near_the_one_that_comes() {
+        let noise = (0..50_000).scan(7u32, |state, _| {
+            *state = state.wrapping_mul(1664525).wrapping_add(1013904223);
+            Some(*state as usize >> 8)
+        });
+        let lengths: Vec<usize> = noise.map(|noise| noise % 39 + 1).collect();
+        let tokens = lengths.iter().sum();
+        for window_length in [256, 1024, 4096] {
+            let params = ReadParams { window_length, ..ReadParams::default() };
+            let shape = PlanShape::estimate(&params, tokens, 64);
+            let chunks = chunk_offsets(&lengths, &vec![false; lengths.len()], window_length).len() - 1;
+            let off = shape.chunks.abs_diff(chunks) as f64 / chunks as f64;
+            assert!(off < 0.02, "{} chunks expected, {chunks} came", shape.chunks);
+            assert_eq!(shape.max_step_tokens, 3 * window_length + 64);
+        }
+    }
+
     #[test]
     fn parameters_out_of_range_are_named() {
         let wrong = |params: ReadParams| params.validate().unwrap_err().to_string();
@@ -322,6 +401,9 @@ mod tests {
         };
         assert!(good.validate(7).is_ok());
         assert_eq!(good.max_step_tokens(), 6);
+        let shape = good.shape();
+        assert_eq!((shape.question_rows, shape.prefix_tokens, shape.tail_tokens), (1, 1, 2));
+        assert_eq!((shape.chunks, shape.sentences, shape.tokens), (1, 2, 3));
         assert!(good.validate(6).is_err(), "a token beyond the vocabulary");
         assert!(Plan { question_start: 2, ..good.clone() }.validate(7).is_err());
         assert!(Plan { sentence_offsets: vec![0, 2, 1, 3], ..good.clone() }.validate(7).is_err());

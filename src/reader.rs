@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use serde::{Deserialize, Serialize};
 
 use crate::Result;
-use crate::plan::Plan;
+use crate::plan::{Plan, PlanShape};
 
 /// Reads whole documents for one model on one device.
 ///
@@ -34,12 +34,38 @@ pub trait Reader: Send + Sync {
         on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
     ) -> Result<Vec<u32>>;
 
-    /// Upper bound of the memory beyond the weights that reading takes, in bytes, for steps of up to `max_step_tokens`
-    /// tokens of which `question_rows` are question rows.
-    fn workspace_bytes(&self, max_step_tokens: usize, question_rows: usize) -> u64;
+    /// The memory that a document and its answer take.
+    fn memory(&self, request: &MemoryRequest) -> Memory;
 
     /// What it runs on, for people.
     fn device(&self) -> String;
+}
+
+/// A document and an answer, as far as memory depends on them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryRequest {
+    /// The document's plan.
+    pub plan: PlanShape,
+    /// Tokens of the final prompt.
+    pub prompt_tokens: usize,
+    /// Most tokens of the answer.
+    pub max_new_tokens: usize,
+}
+
+/// The memory that a reader takes on its device, in bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Memory {
+    /// Copies of the weights; 0 where the mapped files serve.
+    pub weights: u64,
+    /// What comes on top, by what it is for.
+    pub workspace: Vec<(&'static str, u64)>,
+}
+
+impl Memory {
+    /// What comes on top of the weights, together.
+    pub fn workspace_bytes(&self) -> u64 {
+        self.workspace.iter().map(|(_, bytes)| bytes).sum()
+    }
 }
 
 /// A sentence that was kept, with its score in the step that kept it.

@@ -2,7 +2,8 @@
 
 use std::io::{self, Write};
 
-use gleaner::plan::ReadParams;
+use gleaner::plan::{PlanShape, ReadParams};
+use gleaner::reader::{MemoryRequest, Sampling};
 use gleaner::{Engine, cuda};
 
 use super::{Failure, ModelArgs};
@@ -20,6 +21,10 @@ pub struct InfoArgs {
     /// Most tokens that stay after a step, for the memory plan [default: twice the window]
     #[arg(long, value_name = "TOKENS")]
     max_retained: Option<usize>,
+    /// Tokens of the document, for the memory plan
+    #[arg(long, value_name = "TOKENS", default_value_t = 1_000_000,
+        value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..=u32::MAX as u64))]
+    tokens: usize,
 }
 
 fn mib(bytes: u64) -> String {
@@ -32,7 +37,16 @@ pub fn run(args: InfoArgs) -> Result<(), Failure> {
     let engine = Engine::open(args.model.model(), args.model.device)?;
     let model = engine.model();
     let config = &model.config;
-    let step_tokens = params.window_length + params.max_retained() + QUESTION_ROWS;
+    let plan = PlanShape::estimate(&params, args.tokens, QUESTION_ROWS);
+    let memory = engine.reader().memory(&MemoryRequest {
+        plan,
+        prompt_tokens: plan.max_step_tokens.min(params.max_retained() + QUESTION_ROWS),
+        max_new_tokens: Sampling::default().max_new_tokens,
+    });
+    let on_device = match memory.weights {
+        0 => String::new(),
+        bytes => format!(", {} on the GPU", mib(bytes)),
+    };
     let build = match cuda::BUILT {
         true => format!("CPU and CUDA ({})", cuda::ARCHITECTURES),
         false => "CPU only".into(),
@@ -60,12 +74,15 @@ pub fn run(args: InfoArgs) -> Result<(), Failure> {
             ),
         ),
         ("positions", format!("up to {} tokens a prompt", config.max_position_embeddings)),
-        ("weights", format!("{} mapped from disk", mib(model.weight_bytes))),
+        ("weights", format!("{} mapped from disk{on_device}", mib(model.weight_bytes))),
         (
             "workspace",
             format!(
-                "{} for a step of {step_tokens} tokens ({} of window, {} kept, {QUESTION_ROWS} of question)",
-                mib(engine.reader().workspace_bytes(step_tokens, QUESTION_ROWS)),
+                "{} for a document of {} tokens: {} chunks in steps of up to {} tokens ({} of window, {} kept, {QUESTION_ROWS} of question)",
+                mib(memory.workspace_bytes()),
+                plan.tokens,
+                plan.chunks,
+                plan.max_step_tokens,
                 params.window_length,
                 params.max_retained()
             ),
@@ -74,6 +91,12 @@ pub fn run(args: InfoArgs) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
     for (name, value) in lines {
         writeln!(out, "{name:<10} {value}")?;
+    }
+    if memory.workspace.len() > 1 {
+        for (part, bytes) in &memory.workspace {
+            writeln!(out, "{:<10} {} {part}", "", mib(*bytes))?;
+        }
+        writeln!(out, "{:<10} {} with the weights", "in all", mib(memory.weights + memory.workspace_bytes()))?;
     }
     Ok(())
 }

@@ -13,8 +13,8 @@ use forward::{Decoder, LayerCache, Workspace};
 use score::{ContextSentence, QuestionAttention, select_sentences, top_k};
 
 use crate::model::Model;
-use crate::plan::Plan;
-use crate::reader::{Gleaned, Kept, Reader, Sampling, StepReport, TopToken};
+use crate::plan::{Plan, PlanShape};
+use crate::reader::{Gleaned, Kept, Memory, MemoryRequest, Reader, Sampling, StepReport, TopToken};
 use crate::sample::sample;
 use crate::{Error, Result};
 
@@ -227,8 +227,10 @@ impl Reader for CpuReader {
         }
     }
 
-    fn workspace_bytes(&self, max_step_tokens: usize, question_rows: usize) -> u64 {
-        forward::workspace_bytes(&self.model.config, max_step_tokens, question_rows)
+    fn memory(&self, request: &MemoryRequest) -> Memory {
+        let PlanShape { max_step_tokens, question_rows, .. } = request.plan;
+        let bytes = forward::workspace_bytes(&self.model.config, max_step_tokens, question_rows);
+        Memory { weights: 0, workspace: vec![("step", bytes)] }
     }
 
     fn device(&self) -> String {

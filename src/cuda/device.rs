@@ -5,7 +5,9 @@ use std::sync::Arc;
 use cudarc::driver::sys::CUdevice_attribute::{
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
 };
-use cudarc::driver::{CudaContext, CudaGraph, CudaSlice, CudaStream, DeviceRepr, DriverError};
+use cudarc::driver::{
+    CudaContext, CudaGraph, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, DriverError, ValidAsZeroBits,
+};
 
 use super::statistics::{Counters, Statistics};
 use crate::{Error, Result};
@@ -13,11 +15,16 @@ use crate::{Error, Result};
 /// Oldest compute capability the kernels run on.
 const MIN_COMPUTE_CAPABILITY: (i32, i32) = (8, 0);
 
+/// Compute capability whose own instructions some kernels use.
+const HOPPER: (i32, i32) = (9, 0);
+
 /// A GPU with a stream of its own. The context is the device's primary one, so that an embedding program shares it.
 pub struct CudaDevice {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     ordinal: usize,
+    /// Whether to run the kernels that only Hopper has.
+    hopper: bool,
     counters: Arc<Counters>,
 }
 
@@ -61,8 +68,9 @@ impl CudaDevice {
         let context = CudaContext::new(ordinal).map_err(|error| driver_error("opening the GPU", error))?;
         disable_event_tracking(&context);
         let stream = context.new_stream().map_err(|error| driver_error("creating a stream", error))?;
-        let device = CudaDevice { context, stream, ordinal, counters: Arc::default() };
+        let mut device = CudaDevice { context, stream, ordinal, hopper: false, counters: Arc::default() };
         let (major, minor) = device.compute_capability()?;
+        device.hopper = (major, minor) == HOPPER;
         if (major, minor) < MIN_COMPUTE_CAPABILITY {
             let (min_major, min_minor) = MIN_COMPUTE_CAPABILITY;
             return Err(Error::Device(format!(
@@ -70,6 +78,16 @@ impl CudaDevice {
             )));
         }
         Ok(device)
+    }
+
+    /// Whether it runs the kernels made for Hopper.
+    pub fn runs_hopper_kernels(&self) -> bool {
+        self.hopper
+    }
+
+    /// Makes it run the kernels that every GPU can run, for comparison.
+    pub fn run_portable_kernels(&mut self) {
+        self.hopper = false;
     }
 
     /// Its stream; every operation of this crate runs on it.
@@ -107,7 +125,7 @@ impl CudaDevice {
     ///
     /// # Errors
     /// [`Error::Cuda`], also if `to` is shorter.
-    pub fn upload_into<T: DeviceRepr>(&self, what: &str, values: &[T], to: &mut CudaSlice<T>) -> Result<()> {
+    pub fn upload_into<T: DeviceRepr>(&self, what: &str, values: &[T], to: &mut impl DevicePtrMut<T>) -> Result<()> {
         if values.len() > to.len() {
             let message = format!("{} elements do not fit a buffer of {}", values.len(), to.len());
             return Err(Error::Cuda { op: what.into(), message });
@@ -120,7 +138,7 @@ impl CudaDevice {
     ///
     /// # Errors
     /// [`Error::Cuda`], an earlier kernel's failure among them.
-    pub fn download<T: DeviceRepr>(&self, what: &str, from: &CudaSlice<T>) -> Result<Vec<T>> {
+    pub fn download<T: DeviceRepr>(&self, what: &str, from: &impl DevicePtr<T>) -> Result<Vec<T>> {
         self.counters.download(from.num_bytes());
         let values = self.stream.clone_dtoh(from).map_err(|error| driver_error(what, error))?;
         self.synchronize()?;
@@ -146,23 +164,40 @@ impl CudaDevice {
         self.counters.clone()
     }
 
-    /// Checks that so much memory is free, before work that needs it starts.
+    /// Bytes of its memory that are free.
     ///
     /// # Errors
-    /// [`Error::Device`] with both numbers.
-    pub fn check_free(&self, bytes: u64) -> Result<()> {
+    /// [`Error::Cuda`].
+    pub fn free_bytes(&self) -> Result<u64> {
         let (free, _) =
             self.context.mem_get_info().map_err(|error| driver_error("asking for the GPU's memory", error))?;
-        if bytes <= free as u64 {
+        Ok(free as u64)
+    }
+
+    /// Checks that `bytes` are free for `what`, before work that needs them starts; `remedy` is what to do if not.
+    ///
+    /// # Errors
+    /// [`Error::Device`] with both numbers; [`Error::Cuda`].
+    pub fn check_free(&self, bytes: u64, what: &str, remedy: &str) -> Result<()> {
+        let free = self.free_bytes()?;
+        if bytes <= free {
             return Ok(());
         }
-        let mib = |bytes: u64| bytes.div_ceil(1 << 20);
         Err(Error::Device(format!(
-            "cuda:{} has {} MiB free, but {} are needed; lower the window or max_retained, or use --device cpu",
+            "cuda:{} has {} MiB of memory free, but {what} take {} MiB; {remedy}, or use --device cpu",
             self.ordinal,
-            mib(free as u64),
-            mib(bytes)
+            free >> 20,
+            bytes.div_ceil(1 << 20)
         )))
+    }
+
+    /// Zeroed memory.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`], out of memory among them.
+    pub fn zeros<T: DeviceRepr + ValidAsZeroBits>(&self, len: usize) -> Result<CudaSlice<T>> {
+        let op = || format!("allocating {} MiB on the GPU", (len * size_of::<T>()).div_ceil(1 << 20));
+        self.stream.alloc_zeros(len.max(1)).map_err(|error| driver_error(&op(), error))
     }
 
     /// Major and minor compute capability.
@@ -190,5 +225,39 @@ impl CudaDevice {
         let (major, minor) = self.compute_capability()?;
         let gib = total as f64 / (1u64 << 30) as f64;
         Ok(format!("cuda:{} ({name}, compute capability {major}.{minor}, {gib:.0} GiB)", self.ordinal))
+    }
+}
+
+/// Zeroed memory, counted, so that it can be held against what was planned.
+pub struct Allocator<'a> {
+    device: &'a CudaDevice,
+    bytes: u64,
+}
+
+impl<'a> Allocator<'a> {
+    pub fn new(device: &'a CudaDevice) -> Allocator<'a> {
+        Allocator { device, bytes: 0 }
+    }
+
+    /// As [`CudaDevice::zeros`].
+    ///
+    /// # Errors
+    /// [`Error::Cuda`], out of memory among them.
+    pub fn zeros<T: DeviceRepr + ValidAsZeroBits>(&mut self, len: usize) -> Result<CudaSlice<T>> {
+        let memory = self.device.zeros(len)?;
+        self.bytes += memory.num_bytes() as u64;
+        Ok(memory)
+    }
+
+    /// Checks that exactly `planned` bytes were allocated for `what`.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`]: the figures that are shown and checked beforehand are wrong.
+    pub fn check(&self, planned: u64, what: &str) -> Result<()> {
+        if self.bytes == planned {
+            return Ok(());
+        }
+        let message = format!("{} bytes instead of the {planned} that were planned", self.bytes);
+        Err(Error::Cuda { op: format!("allocating {what}"), message })
     }
 }

@@ -5,6 +5,11 @@ mod device;
 #[cfg(gleaner_cuda)]
 #[allow(unsafe_code)]
 mod ffi;
+// These two need no GPU, so that their tests run everywhere.
+#[cfg(any(gleaner_cuda, test))]
+mod layout;
+#[cfg(any(gleaner_cuda, test))]
+mod memory;
 #[cfg(gleaner_cuda)]
 mod model;
 #[cfg(gleaner_cuda)]
@@ -12,7 +17,11 @@ pub mod ops;
 #[cfg(gleaner_cuda)]
 mod reader;
 #[cfg(gleaner_cuda)]
+mod staging;
+#[cfg(gleaner_cuda)]
 mod statistics;
+#[cfg(gleaner_cuda)]
+mod workspace;
 
 use std::sync::Arc;
 

@@ -8,14 +8,16 @@ use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaGraph, CudaSlice};
 use half::bf16;
 
-use super::CudaDevice;
-use super::device::driver_error;
+use super::device::{Allocator, driver_error};
+use super::memory::{ActivationSizes, ReadSizes};
 use super::model::{DeviceLayer, DeviceModel};
-use super::ops::{DevicePlan, Heads, Rotation, Rows, Shift, StepBuffers};
+use super::ops::{Heads, Rotation, Rows, Shift, StepLog};
 use super::statistics::{Counters, Statistics};
+use super::workspace::{Activations, Workspace};
+use super::{CudaDevice, memory};
 use crate::model::Model;
 use crate::plan::Plan;
-use crate::reader::{DropReason, Gleaned, Kept, Reader, Sampling, StepReport};
+use crate::reader::{DropReason, Gleaned, Kept, Memory, MemoryRequest, Reader, Sampling, StepReport};
 use crate::sample::sample;
 use crate::{Error, Result};
 
@@ -24,6 +26,8 @@ pub struct CudaReader {
     model: Arc<Model>,
     /// One document at a time: the stream and its buffers serve one.
     gpu: Mutex<Gpu>,
+    /// Kept from document to document. Locked behind `gpu`.
+    workspace: Mutex<Option<Workspace>>,
     name: String,
     counters: Arc<Counters>,
     graphs: bool,
@@ -34,20 +38,11 @@ struct Gpu {
     weights: DeviceModel,
 }
 
-/// Activations of a pass.
-struct Activations {
-    x: CudaSlice<bf16>,
-    normed: CudaSlice<bf16>,
-    attended: CudaSlice<bf16>,
-    h: CudaSlice<bf16>,
-    rope: CudaSlice<f32>,
-}
-
 impl CudaReader {
     /// Copies `model` to the device.
     ///
     /// # Errors
-    /// [`Error::Device`] for a model whose shape the kernels do not serve; [`Error::Cuda`].
+    /// [`Error::Device`] for a model whose shape the kernels do not serve or whose weights do not fit; [`Error::Cuda`].
     pub fn new(device: CudaDevice, model: Arc<Model>) -> Result<CudaReader> {
         let config = &model.config;
         if !matches!(config.head_dim, 64 | 128) {
@@ -65,7 +60,8 @@ impl CudaReader {
         let name = device.describe()?;
         let weights = device.load(&model)?;
         let counters = device.counters();
-        Ok(CudaReader { model, gpu: Mutex::new(Gpu { device, weights }), name, counters, graphs: true })
+        let gpu = Mutex::new(Gpu { device, weights });
+        Ok(CudaReader { model, gpu, workspace: Mutex::new(None), name, counters, graphs: true })
     }
 
     /// Whether steps and tokens after the first are replayed from a recorded graph, as they are unless told otherwise,
@@ -87,14 +83,8 @@ impl CudaReader {
     }
 
     fn activations(&self, device: &CudaDevice, rows: usize, positions: usize) -> Result<Activations> {
-        let config = &self.model.config;
-        Ok(Activations {
-            x: device.zeros(rows * config.hidden_size)?,
-            normed: device.zeros(rows * config.hidden_size)?,
-            attended: device.zeros(rows * config.q_dim())?,
-            h: device.zeros(rows * config.intermediate_size)?,
-            rope: device.rope_table(&self.model, positions)?,
-        })
+        let sizes = ActivationSizes::new(&self.model.config, rows, positions);
+        Activations::new(device, &mut Allocator::new(device), &self.model, sizes)
     }
 
     /// Queries, keys and values of all rows of `a.x`, into `qkv`.
@@ -164,15 +154,9 @@ fn record(device: &CudaDevice, launches: impl FnOnce() -> Result<()>) -> Result<
 
 impl CudaReader {
     /// One reading step: the prompt that lies ready, up to the next one.
-    fn step(
-        &self,
-        gpu: &Gpu,
-        a: &mut Activations,
-        steps: &mut StepBuffers,
-        plan: &DevicePlan,
-        [qkv, q, k]: [&mut CudaSlice<bf16>; 3],
-    ) -> Result<()> {
+    fn step(&self, gpu: &Gpu, workspace: &mut Workspace) -> Result<()> {
         let Gpu { device, weights } = gpu;
+        let Workspace { activations: a, qkv, q, k, steps, plan, .. } = workspace;
         let config = &self.model.config;
         device.embed(&mut a.x, steps.prompt(), &weights.embed_tokens, steps.rows(), config.hidden_size)?;
         let (last, layers) = weights.layers.split_last().expect("a checked configuration has layers");
@@ -199,6 +183,26 @@ impl CudaReader {
         device.question_scores(steps, q, k, last.heads)?;
         device.select(steps, plan)
     }
+
+    /// All steps of `plan`, and what they did.
+    fn read_steps(&self, gpu: &Gpu, workspace: &mut Workspace, plan: &Plan) -> Result<StepLog> {
+        let device = &gpu.device;
+        workspace.plan.upload(device, plan)?;
+        workspace.steps.prepare(plan, self.heads())?;
+        device.start(&mut workspace.steps, &workspace.plan)?;
+        // The first step loads the kernels, which must not happen while a graph is recorded.
+        self.step(gpu, workspace)?;
+        let replay = self.graphs && plan.chunks() > 1;
+        // Kept until the readback has waited for its last launch.
+        let graph = replay.then(|| record(device, || self.step(gpu, workspace))).transpose()?;
+        for _ in 1..plan.chunks() {
+            match &graph {
+                Some(graph) => device.launch("launching a step", graph)?,
+                None => self.step(gpu, workspace)?,
+            }
+        }
+        workspace.steps.read_back(device)
+    }
 }
 
 impl Reader for CudaReader {
@@ -209,32 +213,21 @@ impl Reader for CudaReader {
         let gpu = self.gpu.lock().unwrap_or_else(PoisonError::into_inner);
         let device = &gpu.device;
         device.bind()?;
-        let (max_tokens, heads) = (plan.max_step_tokens(), self.heads());
+        let max_tokens = plan.max_step_tokens();
         if max_tokens >= 1 << 20 {
             return Err(Error::Plan(format!("steps of {max_tokens} tokens, more than 1,048,575")));
         }
-        let max_rows = plan.tail.len() - plan.question_start as usize;
-        device.check_free(self.workspace_bytes(max_tokens, max_rows))?;
-        let tables = DevicePlan::new(device, plan)?;
-        let mut steps = StepBuffers::new(device, plan, heads)?;
-        let mut a = self.activations(device, max_tokens, max_tokens)?;
-        let mut qkv = device.zeros(max_tokens * heads.qkv_columns())?;
-        let mut q = device.zeros(max_rows * heads.q * heads.dim)?;
-        let mut k = device.zeros(max_tokens * heads.kv * heads.dim)?;
-
-        device.start(&mut steps, &tables)?;
-        // The first step loads the kernels, which must not happen while a graph is recorded.
-        let mut step = || self.step(&gpu, &mut a, &mut steps, &tables, [&mut qkv, &mut q, &mut k]);
-        step()?;
-        // Kept until the readback has waited for its last launch.
-        let graph = if self.graphs && plan.chunks() > 1 { Some(record(device, &mut step)?) } else { None };
-        for _ in 1..plan.chunks() {
-            match &graph {
-                Some(graph) => device.launch("launching a step", graph)?,
-                None => step()?,
+        let mut slot = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
+        let needed = ReadSizes::new(&self.model.config, &plan.shape());
+        let workspace = Workspace::reserve(&mut slot, device, &self.model, needed)?;
+        let log = match self.read_steps(&gpu, workspace, plan) {
+            Ok(log) => log,
+            Err(error) => {
+                // What a failed document leaves behind may be infinite, which a workspace must not be.
+                *slot = None;
+                return Err(error);
             }
-        }
-        let log = steps.read_back(device, plan)?;
+        };
 
         let mut gleaned = Gleaned { kept: Vec::new(), dropped_for_capacity: log.dropped_for_capacity };
         for (step, (&(tokens, context_tokens, retained_tokens), selected)) in
@@ -281,8 +274,8 @@ impl Reader for CudaReader {
         device.bind()?;
         let positions = prompt.len() + sampling.max_new_tokens;
         let (heads, hidden) = (self.heads(), config.hidden_size);
-        let cache_bytes = 2 * weights.layers.len() * positions * heads.qkv_columns();
-        device.check_free(cache_bytes as u64 + self.workspace_bytes(prompt.len(), 0))?;
+        let bytes = memory::answer_bytes(config, prompt.len(), sampling.max_new_tokens);
+        device.check_free(bytes, "the buffers of an answer", "lower max_retained or max_new_tokens")?;
 
         let mut a = self.activations(device, prompt.len(), positions)?;
         let mut caches: Vec<CudaSlice<bf16>> =
@@ -307,7 +300,7 @@ impl Reader for CudaReader {
         let mut graph: Option<CudaGraph> = None;
         let mut answer = Vec::new();
         loop {
-            let host = device.download("answering", &logits)?;
+            let host: Vec<f32> = device.download("answering", &logits)?;
             let next = sample(&host[..config.vocab_size], sampling, answer.len());
             let next = next.ok_or(Error::NotFinite { step: answer.len() })?;
             if self.model.generation_config.eos_token_id.contains(&next) {
@@ -335,11 +328,15 @@ impl Reader for CudaReader {
         }
     }
 
-    fn workspace_bytes(&self, max_step_tokens: usize, question_rows: usize) -> u64 {
+    /// The workspace is kept from document to document, so that an answer's buffers come on top of it.
+    fn memory(&self, request: &MemoryRequest) -> Memory {
         let config = &self.model.config;
-        let widths = 2 * config.hidden_size + 2 * config.q_dim() + 3 * config.kv_dim() + config.intermediate_size;
-        let scores = config.num_attention_heads * question_rows * 4 + question_rows * 4 + 64;
-        (max_step_tokens * (2 * widths + 4 * config.head_dim + scores)) as u64
+        let reading = ReadSizes::new(config, &request.plan).parts();
+        let answer = memory::answer_bytes(config, request.prompt_tokens, request.max_new_tokens);
+        Memory {
+            weights: memory::weight_bytes(config),
+            workspace: reading.into_iter().chain([("answer", answer)]).collect(),
+        }
     }
 
     fn device(&self) -> String {

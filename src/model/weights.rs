@@ -96,6 +96,33 @@ impl Tensor {
         }
     }
 
+    /// Copies the elements from `start` on into `out`, as many as it holds: those stored in another format are rounded
+    /// to the nearest bf16, ties to even; a NaN stays one.
+    ///
+    /// # Panics
+    /// If they reach beyond the tensor's end.
+    pub fn to_bf16(&self, start: usize, out: &mut [bf16]) {
+        let size = self.dtype.size();
+        let bytes = &self.bytes()[start * size..(start + out.len()) * size];
+        match self.dtype {
+            Dtype::Bf16 => {
+                for (out, b) in out.iter_mut().zip(bytes.as_chunks().0) {
+                    *out = bf16::from_le_bytes(*b);
+                }
+            }
+            Dtype::F16 => {
+                for (out, b) in out.iter_mut().zip(bytes.as_chunks().0) {
+                    *out = bf16::from_f32(f16::from_le_bytes(*b).to_f32());
+                }
+            }
+            Dtype::F32 => {
+                for (out, b) in out.iter_mut().zip(bytes.as_chunks().0) {
+                    *out = bf16::from_f32(f32::from_le_bytes(*b));
+                }
+            }
+        }
+    }
+
     /// All elements, converted.
     pub fn to_vec_f32(&self) -> Vec<f32> {
         let mut out = vec![0.0; self.elements()];
@@ -240,6 +267,66 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("model.safetensors"), bytes).unwrap();
         Weights::open(folder.path())
+    }
+
+    /// The tensor "a" of a file that holds nothing else.
+    fn tensor(dtype: &str, bytes: &[u8], elements: usize) -> Tensor {
+        let header =
+            format!(r#"{{"a":{{"dtype":"{dtype}","shape":[{elements}],"data_offsets":[0,{}]}}}}"#, bytes.len());
+        let file = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), bytes].concat();
+        open_bytes(&file).unwrap().tensor("a", &[elements]).unwrap()
+    }
+
+    fn bf16_bits(tensor: &Tensor, start: usize) -> Vec<u16> {
+        let mut out = vec![bf16::ZERO; tensor.elements() - start];
+        tensor.to_bf16(start, &mut out);
+        out.iter().map(|value| value.to_bits()).collect()
+    }
+
+    #[test]
+    fn bf16_is_copied_bit_by_bit() {
+        let bits: Vec<u16> = (0..=u16::MAX).collect();
+        let bytes: Vec<u8> = bits.iter().flat_map(|bits| bits.to_le_bytes()).collect();
+        let tensor = tensor("BF16", &bytes, bits.len());
+        assert_eq!(bf16_bits(&tensor, 0), bits);
+        assert_eq!(bf16_bits(&tensor, 65001), bits[65001..]);
+    }
+
+    #[test]
+    fn other_formats_are_rounded_to_the_nearest_bf16_with_ties_to_even() {
+        let bits = |floats: &[u32]| -> Vec<u16> {
+            let bytes: Vec<u8> = floats.iter().flat_map(|bits| bits.to_le_bytes()).collect();
+            bf16_bits(&tensor("F32", &bytes, floats.len()), 0)
+        };
+        assert_eq!(bits(&[0x3f80_0000, 0x3f80_7fff, 0x3f80_8001]), [0x3f80, 0x3f80, 0x3f81], "to the nearer side");
+        assert_eq!(bits(&[0x3f80_8000, 0x3f81_8000, 0xbf80_8000]), [0x3f80, 0x3f82, 0xbf80], "a tie to the even side");
+        assert_eq!(bits(&[0x7f7f_ffff, 0x7f80_0000, 0x8000_0000]), [0x7f80, 0x7f80, 0x8000], "infinity, minus zero");
+        let nans = bits(&[0x7f80_0001, 0xffff_ffff]);
+        assert!(nans.iter().all(|&bits| bf16::from_bits(bits).is_nan()), "{nans:x?}");
+    }
+
+    /// All of fp16: its 11 significant bits rounded to 8, in integers.
+    #[test]
+    fn every_fp16_comes_out_as_the_nearest_bf16() {
+        let halves: Vec<u16> = (0..=u16::MAX).collect();
+        let bytes: Vec<u8> = halves.iter().flat_map(|bits| bits.to_le_bytes()).collect();
+        for (half, bits) in halves.iter().zip(bf16_bits(&tensor("F16", &bytes, halves.len()), 0)) {
+            let ours = bf16::from_bits(bits).to_f64();
+            let (exponent, fraction) = (half >> 10 & 31, (half & 1023) as f64);
+            let size = match exponent {
+                0 => fraction * 2f64.powi(-24),
+                31 if fraction != 0.0 => {
+                    assert!(ours.is_nan(), "{half:x}");
+                    continue;
+                }
+                31 => f64::INFINITY,
+                _ => (1024.0 + fraction) * 2f64.powi(exponent as i32 - 25),
+            };
+            // Units of the last of 8 significant bits; a power of two, so that the division is exact.
+            let unit = if size == 0.0 || size.is_infinite() { 1.0 } else { 2f64.powi(size.log2().floor() as i32 - 7) };
+            let expected = if size.is_infinite() { size } else { (size / unit).round_ties_even() * unit };
+            assert_eq!(ours, if half >> 15 == 1 { -expected } else { expected }, "{half:x}");
+        }
     }
 
     fn valid_file() -> Vec<u8> {

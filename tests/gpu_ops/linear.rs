@@ -69,67 +69,82 @@ fn rope(gpu: &mut Gpu, (rows, first): (usize, usize), head_dim: usize, n: usize,
     check_product(&gpu.download(&out, rows * n, &op), &expected, k, &op)
 }
 
+/// Runs `check`, which returns the worst error, with the kernels made for this GPU, and on Hopper with the portable ones
+/// too.
+fn with_all_kernels(name: &str, check: impl Fn(&mut Gpu) -> f64) {
+    let mut gpu = Gpu::open();
+    if gpu.device.runs_hopper_kernels() {
+        println!("{name} on Hopper: worst error {:.2} of the bound", check(&mut gpu));
+        gpu.device.run_portable_kernels();
+    }
+    println!("{name}: worst error {:.2} of the bound", check(&mut gpu));
+}
+
 #[test]
 #[ignore = "needs a GPU"]
 fn gemm_residual() {
-    let mut gpu = Gpu::open();
-    let mut worst = 0.0f64;
-    for (n, k) in LINEARS {
-        for rows in [1, 64, 65, 127, 129, 300] {
-            for bias in [false, true] {
-                worst = worst.max(residual(&mut gpu, rows, (n, k), bias));
+    with_all_kernels("gemm_residual", |gpu| {
+        let mut worst = 0.0f64;
+        for shape in LINEARS {
+            for rows in [1, 64, 65, 127, 129, 300] {
+                for bias in [false, true] {
+                    worst = worst.max(residual(gpu, rows, shape, bias));
+                }
             }
         }
-    }
-    println!("gemm_residual: worst error {worst:.2} of the bound");
+        worst
+    });
 }
 
 #[test]
 #[ignore = "needs a GPU"]
 fn gemm_swiglu() {
-    let mut gpu = Gpu::open();
-    let mut worst = 0.0f64;
-    for (n, k) in LINEARS {
-        for rows in [1, 63, 128, 200] {
-            for bias in [false, true] {
-                worst = worst.max(swiglu(&mut gpu, rows, (n, k), bias));
+    with_all_kernels("gemm_swiglu", |gpu| {
+        let mut worst = 0.0f64;
+        for shape in LINEARS {
+            for rows in [1, 63, 128, 200] {
+                for bias in [false, true] {
+                    worst = worst.max(swiglu(gpu, rows, shape, bias));
+                }
             }
         }
-    }
-    println!("gemm_swiglu: worst error {worst:.2} of the bound");
+        worst
+    });
 }
 
 #[test]
 #[ignore = "needs a GPU"]
 fn gemm_rope() {
-    let mut gpu = Gpu::open();
-    let mut worst = 0.0f64;
-    for (head_dim, n, k) in [(64, 640, 384), (128, 384, 896), (64, 128, 72)] {
-        for rows in [(1, 0), (65, 0), (130, 17)] {
-            worst = worst.max(rope(&mut gpu, rows, head_dim, n, k));
+    with_all_kernels("gemm_rope", |gpu| {
+        let mut worst = 0.0f64;
+        for (head_dim, n, k) in [(64, 640, 384), (128, 384, 896), (64, 128, 72)] {
+            for rows in [(1, 0), (65, 0), (130, 17)] {
+                worst = worst.max(rope(gpu, rows, head_dim, n, k));
+            }
         }
-    }
-    println!("gemm_rope: worst error {worst:.2} of the bound");
+        worst
+    });
 }
 
 #[test]
 #[ignore = "needs a GPU"]
 fn gemm_at_reading_lengths() {
-    let mut gpu = Gpu::open();
-    let mut worst = 0.0f64;
-    for rows in READING_LENGTHS {
-        for shape in [(384, 640), (896, 896), (896, 4864), (272, 72)] {
-            worst = worst.max(residual(&mut gpu, rows, shape, false));
+    with_all_kernels("gemm at reading lengths", |gpu| {
+        let mut worst = 0.0f64;
+        for rows in READING_LENGTHS {
+            for shape in [(384, 640), (896, 896), (896, 4864), (272, 72)] {
+                worst = worst.max(residual(gpu, rows, shape, false));
+            }
+            for shape in [(2048, 384), (9728, 896), (272, 72)] {
+                worst = worst.max(swiglu(gpu, rows, shape, false));
+            }
+            for (head_dim, n, k) in [(64, 640, 384), (64, 1152, 896), (128, 384, 72)] {
+                worst = worst.max(rope(gpu, (rows, 0), head_dim, n, k));
+                worst = worst.max(rope(gpu, (rows - 1100, 1100), head_dim, n, k));
+            }
         }
-        for shape in [(2048, 384), (9728, 896), (272, 72)] {
-            worst = worst.max(swiglu(&mut gpu, rows, shape, false));
-        }
-        for (head_dim, n, k) in [(64, 640, 384), (64, 1152, 896), (128, 384, 72)] {
-            worst = worst.max(rope(&mut gpu, (rows, 0), head_dim, n, k));
-            worst = worst.max(rope(&mut gpu, (rows - 1100, 1100), head_dim, n, k));
-        }
-    }
-    println!("gemm at reading lengths: worst error {worst:.2} of the bound");
+        worst
+    });
 }
 
 /// Products of bf16 are exact in fp32; of their sum, in whatever order, each of the at most k additions is off by at most

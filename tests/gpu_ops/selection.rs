@@ -141,7 +141,7 @@ fn check(gpu: &Gpu, plan: &Plan, mut score: impl FnMut(usize) -> f64, name: &str
         let scores: Vec<f64> = (0..context_tokens).map(&mut score).collect();
         on_gpu.select(&scores);
         let expected = select(plan, &context, &scores);
-        let log = on_gpu.steps.read_back(&gpu.device, plan).unwrap();
+        let log = on_gpu.steps.read_back(&gpu.device).unwrap();
         assert_eq!(log.steps[chunk], (prompt.len(), context_tokens, expected.kept_tokens), "{name}: step {chunk}");
         assert_eq!(log.selected[chunk], expected.log, "{name}: step {chunk}");
         dropped += expected.log.len() - expected.kept.len();
@@ -267,7 +267,7 @@ fn scores_that_are_not_finite_are_errors() {
                 }
                 on_gpu.select(&scores);
             }
-            let result = on_gpu.steps.read_back(&gpu.device, &plan);
+            let result = on_gpu.steps.read_back(&gpu.device);
             assert!(matches!(result, Err(Error::NotFinite { step }) if step == bad_step), "{bad} in step {bad_step}");
         }
     }
@@ -286,6 +286,6 @@ fn a_prompt_that_does_not_fit_is_an_error() {
     let mut score = decades(14);
     on_gpu.select(&(0..context).map(&mut score).collect::<Vec<_>>());
     assert!(on_gpu.ready().0.is_empty());
-    let error = on_gpu.steps.read_back(&gpu.device, &small).map(|_| ()).unwrap_err();
+    let error = on_gpu.steps.read_back(&gpu.device).map(|_| ()).unwrap_err();
     assert!(error.to_string().contains("planned for"), "{error}");
 }

@@ -9,6 +9,7 @@ mod runs;
 
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
+use std::process::Command;
 use std::sync::Arc;
 
 use common::{DEMO, demo_dir, root};
@@ -140,6 +141,65 @@ fn runs_repeat_to_the_bit() {
             reader.answer(&plan.tokens[..300], &sampling, &mut |_| ControlFlow::Continue(())).unwrap()
         };
         assert_eq!(answer(1), answer(1));
+    }
+}
+
+/// Long and short documents and questions by turns, on one reader: what each leaves on the device must not show in the
+/// next, and a second round must find all the memory it needs.
+#[test]
+#[ignore = "needs a GPU"]
+fn one_workspace_serves_documents_of_any_size() {
+    let fresh = |plan: &Plan| read(&cuda_reader(DEMO.clone()), plan);
+    let long = noise_plan(8000, 205, 2000);
+    let short = noise_plan(8000, 12, 150);
+    let long_question = Plan { tail: (0..300).collect(), ..short.clone() };
+    let no_prefix = Plan { prefix: Vec::new(), topk: 5, ..long.clone() };
+    let plans = [&short, &long, &long_question, &short, &no_prefix];
+    let expected = plans.map(fresh);
+    let reader = cuda_reader(DEMO.clone());
+    let first = plans.map(|plan| read(&reader, plan));
+    assert_eq!(first, expected);
+    let observer = CudaDevice::open(0).unwrap();
+    let free = observer.free_bytes().unwrap();
+    assert_eq!(plans.map(|plan| read(&reader, plan)), expected);
+    assert_eq!(observer.free_bytes().unwrap(), free, "the second round allocated or gave back");
+}
+
+/// Before anything is allocated, with both figures and what to do.
+#[test]
+#[ignore = "needs a GPU"]
+fn too_little_memory_is_said_beforehand() {
+    let device = CudaDevice::open(0).unwrap();
+    let free = device.free_bytes().unwrap();
+    assert!(device.check_free(free / 2, "the weights", "free some").is_ok());
+    let error = device.check_free(1 << 50, "the weights", "free some").unwrap_err();
+    assert!(matches!(error, gleaner::Error::Device(_)));
+    let message = error.to_string();
+    for word in ["MiB of memory free", "the weights take 1073741824 MiB", "free some", "--device cpu"] {
+        assert!(message.contains(word), "{word:?} is not in: {message}");
+    }
+    // A document whose steps alone would take terabytes: refused, and the reader goes on.
+    let reader = CudaReader::new(device, DEMO.clone()).unwrap();
+    let plan = noise_plan(8000, 40, 150);
+    let huge = Plan { max_retained: 1_000_000, tail: vec![1; 20_000], question_start: 0, ..plan.clone() };
+    let error = reader.read(&huge, &mut |_| ControlFlow::Continue(())).unwrap_err().to_string();
+    assert!(error.contains("shorten the question"), "{error}");
+    assert!(!read(&reader, &plan).kept.is_empty());
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn info_lists_memory_by_what_it_is_for() {
+    let info = Command::new(env!("CARGO_BIN_EXE_gleaner"))
+        .args(["info", "--device", "cuda", "--tokens", "50000"])
+        .output()
+        .unwrap();
+    let out = String::from_utf8(info.stdout).unwrap();
+    println!("{out}");
+    for word in
+        ["on the GPU", "50000 tokens", "MiB activations", "MiB scoring", "MiB plan and log", "MiB answer", "in all"]
+    {
+        assert!(out.contains(word), "{word:?} is not in: {out}");
     }
 }
 

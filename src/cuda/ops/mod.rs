@@ -5,7 +5,7 @@
 mod decode;
 mod steps;
 
-pub use steps::{DevicePlan, StepBuffers, state};
+pub use steps::{DevicePlan, StepBuffers, StepLog, state};
 
 use std::ffi::{CStr, c_int, c_void};
 
@@ -14,6 +14,9 @@ use half::bf16;
 
 use crate::cuda::{CudaDevice, ffi};
 use crate::{Error, Result};
+
+/// Rows that an operand may have.
+const MAX_ROWS: usize = (1 << 20) - 1;
 
 /// How many rows of a buffer are live: a number that lies on the device, so that one recorded launch serves any length.
 #[derive(Clone, Copy)]
@@ -136,7 +139,7 @@ impl CudaDevice {
         let (n, k) = (linear.n, linear.k);
         require(n > 0 && n.is_multiple_of(16) && n < 1 << 24, op, "n must be a multiple of 16 below 2^24")?;
         require(k > 0 && k.is_multiple_of(8) && k < 1 << 24, op, "k must be a multiple of 8 below 2^24")?;
-        require(rows < 1 << 20, op, "at most 1048575 rows")?;
+        require(rows <= MAX_ROWS, op, "at most 1048575 rows")?;
         require(linear.weight.len() >= n * k, op, "the weight is smaller than [n, k]")?;
         require(linear.bias.as_ref().is_none_or(|bias| bias.len() >= n), op, "the bias is smaller than [n]")?;
         require(out >= rows * n && a >= rows * k, op, "a buffer is smaller than its rows")
@@ -239,10 +242,14 @@ impl CudaDevice {
         let op = || format!("gemm_residual [{}, {}, {}]", rows.max, linear.n, linear.k);
         self.check_linear(&op, x.len(), a.len(), linear, rows.max)?;
         let count = self.count(rows)?;
+        let launch = match self.runs_hopper_kernels() {
+            true => ffi::gleaner_gemm_sm90_residual,
+            false => ffi::gleaner_gemm_residual,
+        };
         // SAFETY: as in `rms_norm`, with the shapes that `check_linear` checked.
         check(
             unsafe {
-                ffi::gleaner_gemm_residual(
+                launch(
                     self.address_mut(x),
                     self.address(a),
                     self.address(&linear.weight),
@@ -272,10 +279,14 @@ impl CudaDevice {
         let op = || format!("gemm_swiglu [{}, {}, {}]", rows.max, linear.n, linear.k);
         self.check_linear(&op, out.len() * 2, a.len(), linear, rows.max)?;
         let count = self.count(rows)?;
+        let launch = match self.runs_hopper_kernels() {
+            true => ffi::gleaner_gemm_sm90_swiglu,
+            false => ffi::gleaner_gemm_swiglu,
+        };
         // SAFETY: as in `rms_norm`, with the shapes that `check_linear` checked.
         check(
             unsafe {
-                ffi::gleaner_gemm_swiglu(
+                launch(
                     self.address_mut(out),
                     self.address(a),
                     self.address(&linear.weight),
@@ -309,24 +320,22 @@ impl CudaDevice {
         self.check_linear(&op, out.len(), a.len(), linear, rows.max)?;
         check_rotation(&op, rotation, linear.n, rows.max)?;
         let (count, first) = (self.count(rows)?, self.shift(first)?);
+        let (out, a_rows) = (self.address_mut(out), a.len() / linear.k);
+        let (a, weight, bias) = (self.address(a), self.address(&linear.weight), self.bias(linear));
+        let (table, stream) = (self.address(rotation.table), self.raw_stream());
+        let [max_rows, a_rows, n, k] = [rows.max, a_rows.min(MAX_ROWS), linear.n, linear.k].map(|size| size as c_int);
+        let [head_dim, columns] = [rotation.head_dim, rotation.columns].map(|size| size as c_int);
         // SAFETY: as in `rms_norm`, with the shapes that `check_linear` and `check_rotation` checked.
         check(
             unsafe {
-                ffi::gleaner_gemm_rope(
-                    self.address_mut(out),
-                    self.address(a),
-                    self.address(&linear.weight),
-                    self.bias(linear),
-                    self.address(rotation.table),
-                    count,
-                    first,
-                    rows.max as c_int,
-                    linear.n as c_int,
-                    linear.k as c_int,
-                    rotation.head_dim as c_int,
-                    rotation.columns as c_int,
-                    self.raw_stream(),
-                )
+                match self.runs_hopper_kernels() {
+                    true => ffi::gleaner_gemm_sm90_rope(
+                        out, a, weight, bias, table, count, first, max_rows, a_rows, n, k, head_dim, columns, stream,
+                    ),
+                    false => ffi::gleaner_gemm_rope(
+                        out, a, weight, bias, table, count, first, max_rows, n, k, head_dim, columns, stream,
+                    ),
+                }
             },
             op,
         )

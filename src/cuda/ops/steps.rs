@@ -1,10 +1,11 @@
 //! The loop on the device: a plan's tables, the state that steps hand on, and the launches from the final layer's keys
 //! and queries to the next prompt.
 
-use cudarc::driver::{CudaViewMut, DeviceRepr};
+use cudarc::driver::CudaViewMut;
 
 use super::*;
-use crate::cuda::device::driver_error;
+use crate::cuda::device::Allocator;
+use crate::cuda::memory::{self, PlanSizes, StepSizes};
 use crate::plan::Plan;
 
 /// Places of the state's integers that other launches read.
@@ -43,11 +44,28 @@ struct Selected {
 
 const _: () = assert!(size_of::<Step>() == size_of::<ffi::GleanerStep>());
 const _: () = assert!(size_of::<Selected>() == size_of::<ffi::GleanerSelected>());
+const _: () = assert!(state::LEN.next_multiple_of(4) == memory::STATE_WORDS);
+const _: () = assert!(size_of::<Step>() == memory::STEP_WORDS * 4);
+const _: () = assert!(size_of::<Selected>() == memory::SELECTED_WORDS * 4);
 
 /// A plan's tables on the device.
 pub struct DevicePlan {
-    raw: ffi::GleanerPlan,
-    _buffers: [CudaSlice<u32>; 5],
+    sizes: PlanSizes,
+    /// Tokens, sentence offsets, chunk offsets, prefix, tail.
+    tables: [CudaSlice<u32>; 5],
+    numbers: PlanNumbers,
+}
+
+/// A plan's integers.
+#[derive(Default)]
+struct PlanNumbers {
+    prefix_len: i32,
+    tail_len: i32,
+    question_start: i32,
+    chunks: i32,
+    topk: i32,
+    phrase_width: i32,
+    max_retained: i32,
 }
 
 impl DevicePlan {
@@ -56,20 +74,34 @@ impl DevicePlan {
     /// # Errors
     /// [`Error::Cuda`].
     pub fn new(device: &CudaDevice, plan: &Plan) -> Result<DevicePlan> {
-        let upload = |values: &[u32]| device.upload("copying the plan to the GPU", values);
-        // An empty buffer has no address.
-        let prefix = if plan.prefix.is_empty() { &[0][..] } else { &plan.prefix };
-        let buffers = [&plan.tokens[..], &plan.sentence_offsets, &plan.chunk_offsets, prefix, &plan.tail];
-        let buffers = buffers.map(upload);
-        let [tokens, sentence_offsets, chunk_offsets, prefix, tail] = buffers;
-        let buffers = [tokens?, sentence_offsets?, chunk_offsets?, prefix?, tail?];
-        let address = |index: usize| device.address(&buffers[index]) as *const u32;
-        let raw = ffi::GleanerPlan {
-            tokens: address(0),
-            sentence_offsets: address(1),
-            chunk_offsets: address(2),
-            prefix: address(3),
-            tail: address(4),
+        let mut tables = DevicePlan::allocate(&mut Allocator::new(device), PlanSizes::new(&plan.shape()))?;
+        tables.upload(device, plan)?;
+        Ok(tables)
+    }
+
+    /// Tables for any plan up to `sizes`.
+    pub(in crate::cuda) fn allocate(allocator: &mut Allocator, sizes: PlanSizes) -> Result<DevicePlan> {
+        let PlanSizes { tokens, sentence_offsets, chunk_offsets, prefix, tail } = sizes;
+        let tables = [
+            allocator.zeros(tokens)?,
+            allocator.zeros(sentence_offsets)?,
+            allocator.zeros(chunk_offsets)?,
+            allocator.zeros(prefix)?,
+            allocator.zeros(tail)?,
+        ];
+        Ok(DevicePlan { sizes, tables, numbers: PlanNumbers::default() })
+    }
+
+    /// Uploads a plan, which must be valid, in the place of the one before.
+    pub(in crate::cuda) fn upload(&mut self, device: &CudaDevice, plan: &Plan) -> Result<()> {
+        let op = || "copying the plan to the GPU".to_owned();
+        let fits = memory::cover(&self.sizes, &PlanSizes::new(&plan.shape()));
+        require(fits, op, "its tables are smaller than the plan")?;
+        let values = [&plan.tokens, &plan.sentence_offsets, &plan.chunk_offsets, &plan.prefix, &plan.tail];
+        for (values, table) in values.into_iter().zip(&mut self.tables).filter(|(values, _)| !values.is_empty()) {
+            device.upload_into(&op(), values, table)?;
+        }
+        self.numbers = PlanNumbers {
             prefix_len: plan.prefix.len() as i32,
             tail_len: plan.tail.len() as i32,
             question_start: plan.question_start as i32,
@@ -78,19 +110,35 @@ impl DevicePlan {
             phrase_width: plan.phrase_width.min(i32::MAX as u32) as i32,
             max_retained: plan.max_retained.min(i32::MAX as u32) as i32,
         };
-        Ok(DevicePlan { raw, _buffers: buffers })
+        Ok(())
+    }
+
+    fn raw(&self, device: &CudaDevice) -> ffi::GleanerPlan {
+        let [tokens, sentence_offsets, chunk_offsets, prefix, tail] =
+            self.tables.each_ref().map(|table| device.address(table) as *const u32);
+        let PlanNumbers { prefix_len, tail_len, question_start, chunks, topk, phrase_width, max_retained } =
+            self.numbers;
+        ffi::GleanerPlan {
+            tokens,
+            sentence_offsets,
+            chunk_offsets,
+            prefix,
+            tail,
+            prefix_len,
+            tail_len,
+            question_start,
+            chunks,
+            topk,
+            phrase_width,
+            max_retained,
+        }
     }
 }
 
-/// Integers that the state takes in the journal: what follows it is aligned to 16 bytes.
-const STATE_INTS: usize = state::LEN.next_multiple_of(4);
-const STEP_INTS: usize = size_of::<Step>() / 4;
-const SELECTED_INTS: usize = size_of::<Selected>() / 4;
-
 /// What the steps of one document share on the device.
 pub struct StepBuffers {
-    /// All that is read back, so that one copy brings it: the state, padded to [`STATE_INTS`]; a [`Step`] a chunk; and
-    /// `max_log` times [`Selected`] a chunk.
+    /// All that is read back, so that one copy brings it: the state, padded to [`memory::STATE_WORDS`]; a [`Step`] a
+    /// chunk; and `max_log` times [`Selected`] a chunk.
     journal: CudaSlice<i32>,
     prompt: CudaSlice<u32>,
     head_sums: CudaSlice<f32>,
@@ -98,12 +146,17 @@ pub struct StepBuffers {
     stats: CudaSlice<f32>,
     row_weights: CudaSlice<f32>,
     scores: CudaSlice<f64>,
-    _ints: [CudaSlice<i32>; 3],
-    _words: [CudaSlice<u32>; 3],
-    _phrase_scores: CudaSlice<f32>,
-    raw: ffi::GleanerLoop,
+    /// Owners, starts, selected.
+    ints: [CudaSlice<i32>; 3],
+    /// Sentences, best scores, kept.
+    words: [CudaSlice<u32>; 3],
+    phrase_scores: CudaSlice<f32>,
+    sizes: StepSizes,
+    /// Of the plan that they are prepared for, as are the next three.
+    chunks: usize,
     max_tokens: usize,
     max_rows: usize,
+    max_log: usize,
 }
 
 /// What a document's steps left, in plain numbers.
@@ -122,48 +175,68 @@ impl StepBuffers {
     /// # Errors
     /// [`Error::Cuda`], out of memory among them.
     pub fn new(device: &CudaDevice, plan: &Plan, heads: Heads) -> Result<StepBuffers> {
-        let max_tokens = plan.max_step_tokens();
-        let max_rows = plan.tail.len() - plan.question_start as usize;
-        let max_log = max_tokens.min(plan.topk as usize);
-        let blocks = max_tokens.div_ceil(128);
-        let mut ints = [device.zeros(max_tokens)?, device.zeros(max_tokens)?, device.zeros(max_tokens)?];
-        let mut words = [device.zeros(max_tokens)?, device.zeros(max_tokens)?, device.zeros(max_tokens)?];
-        let mut prompt = device.zeros(max_tokens)?;
-        let (mut scores, mut phrase_scores) = (device.zeros(max_tokens)?, device.zeros(max_tokens)?);
-        let log_start = STATE_INTS + plan.chunks() * STEP_INTS;
-        let mut journal = device.zeros(log_start + plan.chunks() * max_log * SELECTED_INTS)?;
-        let state = device.address_mut::<i32>(&mut journal) as *mut i32;
-        let raw = ffi::GleanerLoop {
-            state: state as *mut _,
-            prompt: device.address_mut::<u32>(&mut prompt) as *mut _,
-            owner: device.address_mut(&mut ints[0]) as *mut _,
-            starts: device.address_mut(&mut ints[1]) as *mut _,
-            selected: device.address_mut(&mut ints[2]) as *mut _,
-            sentences: device.address_mut(&mut words[0]) as *mut _,
-            best: device.address_mut(&mut words[1]) as *mut _,
-            kept: device.address_mut(&mut words[2]) as *mut _,
-            scores: device.address_mut::<f64>(&mut scores) as *mut _,
-            phrase_scores: device.address_mut::<f32>(&mut phrase_scores) as *mut _,
-            log: state.wrapping_add(log_start) as *mut _,
-            step_log: state.wrapping_add(STATE_INTS) as *mut _,
-            max_tokens: max_tokens as i32,
-            max_log: max_log as i32,
-        };
+        let sizes = StepSizes::new(&plan.shape(), heads.q);
+        let mut buffers = StepBuffers::allocate(&mut Allocator::new(device), sizes)?;
+        buffers.prepare(plan, heads)?;
+        Ok(buffers)
+    }
+
+    /// Buffers for any plan up to `sizes`, which are to be prepared for one before use.
+    pub(in crate::cuda) fn allocate(allocator: &mut Allocator, sizes: StepSizes) -> Result<StepBuffers> {
+        let tokens = sizes.tokens;
         Ok(StepBuffers {
-            journal,
-            prompt,
-            head_sums: device.zeros(max_rows * max_tokens)?,
-            logits: device.zeros(heads.q * max_rows * max_tokens)?,
-            stats: device.zeros(heads.q * max_rows * blocks * 2)?,
-            row_weights: device.zeros(max_rows)?,
-            scores,
-            _ints: ints,
-            _words: words,
-            _phrase_scores: phrase_scores,
-            raw,
-            max_tokens,
-            max_rows,
+            journal: allocator.zeros(sizes.journal)?,
+            prompt: allocator.zeros(tokens)?,
+            head_sums: allocator.zeros(sizes.head_sums)?,
+            logits: allocator.zeros(sizes.logits)?,
+            stats: allocator.zeros(sizes.stats)?,
+            row_weights: allocator.zeros(sizes.row_weights)?,
+            scores: allocator.zeros(tokens)?,
+            ints: [allocator.zeros(tokens)?, allocator.zeros(tokens)?, allocator.zeros(tokens)?],
+            words: [allocator.zeros(tokens)?, allocator.zeros(tokens)?, allocator.zeros(tokens)?],
+            phrase_scores: allocator.zeros(tokens)?,
+            sizes,
+            chunks: 0,
+            max_tokens: 0,
+            max_rows: 0,
+            max_log: 0,
         })
+    }
+
+    /// Makes the buffers `plan`'s. Of the plan before nothing is read: whatever a step reads, it or an earlier step of the
+    /// same plan wrote.
+    pub(in crate::cuda) fn prepare(&mut self, plan: &Plan, heads: Heads) -> Result<()> {
+        let shape = plan.shape();
+        let covered = memory::cover(&self.sizes, &StepSizes::new(&shape, heads.q));
+        require(covered, || "preparing a document".into(), "the step buffers are smaller than its plan")?;
+        self.chunks = shape.chunks;
+        self.max_tokens = shape.max_step_tokens;
+        self.max_rows = shape.question_rows;
+        self.max_log = memory::max_log(&shape);
+        Ok(())
+    }
+
+    fn raw(&mut self, device: &CudaDevice) -> ffi::GleanerLoop {
+        let [owner, starts, selected] = self.ints.each_mut().map(|buffer| device.address_mut(buffer) as *mut i32);
+        let [sentences, best, kept] = self.words.each_mut().map(|buffer| device.address_mut(buffer) as *mut u32);
+        let state = device.address_mut(&mut self.journal) as *mut i32;
+        let step_log = state.wrapping_add(memory::STATE_WORDS);
+        ffi::GleanerLoop {
+            state: state as *mut _,
+            prompt: device.address_mut(&mut self.prompt) as *mut _,
+            owner,
+            sentences,
+            starts,
+            scores: device.address_mut(&mut self.scores) as *mut _,
+            phrase_scores: device.address_mut(&mut self.phrase_scores) as *mut _,
+            best,
+            selected,
+            kept,
+            log: step_log.wrapping_add(self.chunks * memory::STEP_WORDS) as *mut _,
+            step_log: step_log as *mut _,
+            max_tokens: self.max_tokens as i32,
+            max_log: self.max_log as i32,
+        }
     }
 
     /// Live rows of the step's prompt.
@@ -196,7 +269,7 @@ impl StepBuffers {
         &self.scores
     }
 
-    /// The same, for a caller with scores of its own. A view: the buffer itself must stay where the kernels know it.
+    /// The same, for a caller with scores of its own. A view, so that the buffer keeps its length.
     pub fn scores_mut(&mut self) -> CudaViewMut<'_, f64> {
         self.scores.slice_mut(..)
     }
@@ -205,10 +278,12 @@ impl StepBuffers {
     ///
     /// # Errors
     /// [`Error::NotFinite`], [`Error::Cuda`].
-    pub fn read_back(&self, device: &CudaDevice, plan: &Plan) -> Result<StepLog> {
-        let journal = device.download("reading a document", &self.journal)?;
-        let (state, logs) = journal.split_at(STATE_INTS);
-        let (steps, log) = logs.split_at(plan.chunks() * STEP_INTS);
+    pub fn read_back(&self, device: &CudaDevice) -> Result<StepLog> {
+        let step_words = self.chunks * memory::STEP_WORDS;
+        let words = memory::STATE_WORDS + step_words + self.chunks * self.max_log * memory::SELECTED_WORDS;
+        let journal: Vec<i32> = device.download("reading a document", &self.journal.slice(..words))?;
+        let (state, logs) = journal.split_at(memory::STATE_WORDS);
+        let (steps, log) = logs.split_at(step_words);
         let at = |offset: usize| state[offset / 4];
         let error = at(std::mem::offset_of!(ffi::GleanerState, error));
         if error & ffi::GLEANER_ERROR_NOT_FINITE as i32 != 0 {
@@ -220,8 +295,7 @@ impl StepBuffers {
         }
         let steps: &[Step] = bytemuck::cast_slice(steps);
         let log: &[Selected] = bytemuck::cast_slice(log);
-        let max_log = log.len() / plan.chunks();
-        let selected = steps.iter().zip(log.chunks(max_log)).map(|(step, log)| {
+        let selected = steps.iter().zip(log.chunks(self.max_log)).map(|(step, log)| {
             log[..step.selected as usize].iter().map(|entry| (entry.sentence, entry.kept == 1, entry.score)).collect()
         });
         Ok(StepLog {
@@ -236,23 +310,14 @@ impl StepBuffers {
 }
 
 impl CudaDevice {
-    /// Zeroed memory.
-    ///
-    /// # Errors
-    /// [`Error::Cuda`], out of memory among them.
-    pub fn zeros<T: DeviceRepr + cudarc::driver::ValidAsZeroBits>(&self, len: usize) -> Result<CudaSlice<T>> {
-        let op = || format!("allocating {} MiB on the GPU", (len * size_of::<T>()).div_ceil(1 << 20));
-        self.stream().alloc_zeros(len.max(1)).map_err(|error| driver_error(&op(), error))
-    }
-
     /// Writes the first step's prompt.
     ///
     /// # Errors
     /// [`Error::Cuda`].
     pub fn start(&self, steps: &mut StepBuffers, plan: &DevicePlan) -> Result<()> {
-        // SAFETY: every array of the loop has the length that kernels.h asks for (`StepBuffers::new`), the plan was
+        // SAFETY: every array of the loop has the length that kernels.h asks for (`StepBuffers::prepare`), the plan was
         // validated, and its step is no longer than `max_tokens`, which the kernel checks too.
-        check(unsafe { ffi::gleaner_start(&steps.raw, &plan.raw, self.raw_stream()) }, || "start".into())
+        check(unsafe { ffi::gleaner_start(&steps.raw(self), &plan.raw(self), self.raw_stream()) }, || "start".into())
     }
 
     /// From the last layer's queries `[max_rows, q * dim]` and keys `[max_tokens, kv * dim]` to the scores of the
@@ -275,6 +340,7 @@ impl CudaDevice {
         let fits = q.len() >= max_rows * heads.q * heads.dim && k.len() >= max_tokens * heads.kv * heads.dim;
         require(fits, op, "a buffer is smaller than its rows")?;
         require(heads.q <= 128, op, "at most 128 query heads")?;
+        require(steps.logits.len() >= heads.q * max_rows * max_tokens, op, "the step buffers have fewer heads")?;
         let state = self.address(&steps.journal) as *const ffi::GleanerState;
         check(
             // SAFETY: the step buffers were made for these rows, tokens and heads; q and k hold them (checked above).
@@ -322,6 +388,6 @@ impl CudaDevice {
     /// [`Error::Cuda`].
     pub fn select(&self, steps: &mut StepBuffers, plan: &DevicePlan) -> Result<()> {
         // SAFETY: as in `start`.
-        check(unsafe { ffi::gleaner_select(&steps.raw, &plan.raw, self.raw_stream()) }, || "select".into())
+        check(unsafe { ffi::gleaner_select(&steps.raw(self), &plan.raw(self), self.raw_stream()) }, || "select".into())
     }
 }

@@ -1,0 +1,334 @@
+//! How much memory a model, a document and an answer take on the device: pure functions of shapes. The buffers are
+//! allocated by these figures, `gleaner info` prints them, and work that they do not fit is refused before it starts.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::model::Config;
+use crate::plan::PlanShape;
+
+/// Bytes of a bf16, of an fp32 or a 32-bit integer, and of an fp64.
+const HALF: usize = 2;
+const WORD: usize = 4;
+const DOUBLE: usize = 8;
+
+/// 32-bit integers of a `GleanerState`, with one more that aligns what follows it to 16 bytes; and those of a
+/// `GleanerStep` and a `GleanerSelected` in kernels.h.
+pub const STATE_WORDS: usize = 12;
+pub const STEP_WORDS: usize = 4;
+pub const SELECTED_WORDS: usize = 3;
+
+/// Keys that share a pair of softmax statistics.
+const STATS_KEYS: usize = 128;
+
+/// Rows of the embedding and the head on the device: the vocabulary rounded up for the kernels.
+pub fn vocab_rows(config: &Config) -> usize {
+    config.vocab_size.next_multiple_of(16)
+}
+
+/// Bytes of a model's weights on the device: everything in bf16, and the last layer's q and k a second time, alone, for
+/// scoring.
+pub fn weight_bytes(config: &Config) -> u64 {
+    let (hidden, mlp) = (config.hidden_size, config.intermediate_size);
+    let (q_dim, kv_dim) = (config.q_dim(), config.kv_dim());
+    let linear = |out: usize, input: usize, bias: bool| out * input + if bias { out } else { 0 };
+    let layer = linear(q_dim + 2 * kv_dim, hidden, config.qkv_bias)
+        + linear(hidden, q_dim, config.o_bias)
+        + linear(2 * mlp, hidden, config.mlp_bias)
+        + linear(hidden, mlp, config.mlp_bias)
+        + if config.qk_norm() { 2 * config.head_dim } else { 0 }
+        + 2 * hidden;
+    let scoring = linear(q_dim + kv_dim, hidden, config.qkv_bias);
+    let vocabularies = if config.tie_word_embeddings { 1 } else { 2 };
+    let elements = vocabularies * vocab_rows(config) * hidden + config.num_hidden_layers * layer + scoring + hidden;
+    (elements * HALF) as u64
+}
+
+/// Elements of the buffers that a pass over rows takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct ActivationSizes {
+    /// Of the residual stream, and as many of what its norm gives.
+    pub x: usize,
+    pub attended: usize,
+    pub h: usize,
+    /// Cosines and sines.
+    pub rope: usize,
+}
+
+impl ActivationSizes {
+    pub fn new(config: &Config, rows: usize, positions: usize) -> ActivationSizes {
+        ActivationSizes {
+            x: rows * config.hidden_size,
+            attended: rows * config.q_dim(),
+            h: rows * config.intermediate_size,
+            rope: positions * config.head_dim,
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        HALF * (2 * self.x + self.attended + self.h) + WORD * self.rope
+    }
+}
+
+/// Elements of the buffers that the steps of a document share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct StepSizes {
+    /// Of each buffer with one entry a token: eight of 32 bits and one of 64.
+    pub tokens: usize,
+    pub logits: usize,
+    pub stats: usize,
+    pub head_sums: usize,
+    pub row_weights: usize,
+    /// State and logs, in 32-bit integers.
+    pub journal: usize,
+}
+
+impl StepSizes {
+    pub fn new(shape: &PlanShape, query_heads: usize) -> StepSizes {
+        let (tokens, rows) = (shape.max_step_tokens, shape.question_rows);
+        StepSizes {
+            tokens,
+            logits: query_heads * rows * tokens,
+            stats: query_heads * rows * tokens.div_ceil(STATS_KEYS) * 2,
+            head_sums: rows * tokens,
+            row_weights: rows,
+            journal: STATE_WORDS + shape.chunks * (STEP_WORDS + max_log(shape) * SELECTED_WORDS),
+        }
+    }
+}
+
+/// Entries that the log holds for each step: no more sentences can own a best token than there are best tokens.
+pub fn max_log(shape: &PlanShape) -> usize {
+    shape.max_step_tokens.min(shape.topk)
+}
+
+/// Elements of a plan's tables, 32 bits each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct PlanSizes {
+    pub tokens: usize,
+    pub sentence_offsets: usize,
+    pub chunk_offsets: usize,
+    /// At least one, for an empty buffer has no address.
+    pub prefix: usize,
+    pub tail: usize,
+}
+
+impl PlanSizes {
+    pub fn new(shape: &PlanShape) -> PlanSizes {
+        PlanSizes {
+            tokens: shape.tokens,
+            sentence_offsets: shape.sentences + 1,
+            chunk_offsets: shape.chunks + 1,
+            prefix: shape.prefix_tokens.max(1),
+            tail: shape.tail_tokens,
+        }
+    }
+}
+
+/// Elements of every buffer that reading a document takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct ReadSizes {
+    pub activations: ActivationSizes,
+    /// Queries, keys and values of all rows.
+    pub qkv: usize,
+    /// The last layer's queries of the question rows, and its keys of all rows.
+    pub q: usize,
+    pub k: usize,
+    pub steps: StepSizes,
+    pub plan: PlanSizes,
+}
+
+impl ReadSizes {
+    pub fn new(config: &Config, shape: &PlanShape) -> ReadSizes {
+        let rows = shape.max_step_tokens;
+        ReadSizes {
+            activations: ActivationSizes::new(config, rows, rows),
+            qkv: rows * (config.q_dim() + 2 * config.kv_dim()),
+            q: shape.question_rows * config.q_dim(),
+            k: rows * config.kv_dim(),
+            steps: StepSizes::new(shape, config.num_attention_heads),
+            plan: PlanSizes::new(shape),
+        }
+    }
+
+    /// The bytes of it all, by what they are for.
+    pub fn parts(&self) -> [(&'static str, u64); 3] {
+        let StepSizes { tokens, logits, stats, head_sums, row_weights, journal } = self.steps;
+        let activations = self.activations.bytes() + HALF * self.qkv;
+        let scoring =
+            HALF * (self.q + self.k) + (8 * WORD + DOUBLE) * tokens + WORD * (logits + stats + head_sums + row_weights);
+        let plan = WORD * (journal + lens(&self.plan).iter().sum::<usize>());
+        [(ACTIVATIONS, activations as u64), (SCORING, scoring as u64), (PLAN, plan as u64)]
+    }
+
+    /// The bytes of it all.
+    pub fn bytes(&self) -> u64 {
+        self.parts().iter().map(|(_, bytes)| bytes).sum()
+    }
+
+    /// The larger of the two for each buffer.
+    pub fn union(&self, other: &ReadSizes) -> ReadSizes {
+        let mut larger = *self;
+        let buffers: &mut [usize] = bytemuck::cast_slice_mut(std::slice::from_mut(&mut larger));
+        buffers.iter_mut().zip(lens(other)).for_each(|(len, other)| *len = (*len).max(*other));
+        larger
+    }
+
+    /// What a caller can lower to need less.
+    pub fn remedy(&self) -> &'static str {
+        let largest = self.parts().into_iter().max_by_key(|(_, bytes)| *bytes);
+        match largest.map(|(part, _)| part) {
+            Some(SCORING) => "shorten the question or lower the window or max_retained",
+            Some(PLAN) => "lower topk or split the document",
+            _ => "lower the window or max_retained",
+        }
+    }
+}
+
+const ACTIVATIONS: &str = "activations";
+const SCORING: &str = "scoring";
+const PLAN: &str = "plan and log";
+
+/// Whether buffers of the sizes `have` serve where `needed` is asked for.
+pub fn cover<T: Pod>(have: &T, needed: &T) -> bool {
+    lens(have).iter().zip(lens(needed)).all(|(have, needed)| have >= needed)
+}
+
+/// A struct of lengths as a list of them.
+fn lens<T: Pod>(sizes: &T) -> &[usize] {
+    bytemuck::cast_slice(std::slice::from_ref(sizes))
+}
+
+/// Bytes that answering takes: the activations of the prompt and of one new row, the queries, keys and values of all
+/// positions in every layer, the logits, the prompt's tokens, and the new token with three counters.
+pub fn answer_bytes(config: &Config, prompt_tokens: usize, max_new_tokens: usize) -> u64 {
+    let positions = prompt_tokens + max_new_tokens;
+    let activations = |rows| ActivationSizes::new(config, rows, positions).bytes();
+    let cache = config.num_hidden_layers * positions * (config.q_dim() + 2 * config.kv_dim());
+    let words = vocab_rows(config) + prompt_tokens + 1 + 3;
+    (activations(prompt_tokens) + activations(1) + HALF * cache + WORD * words) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Model;
+    use crate::plan::ReadParams;
+    use std::path::Path;
+
+    /// The shape of Qwen2.5-0.5B.
+    fn qwen() -> Config {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("config.json");
+        let json = r#"{"architectures": ["Qwen2ForCausalLM"], "hidden_size": 896, "num_hidden_layers": 24,
+            "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864, "vocab_size": 151936,
+            "max_position_embeddings": 32768, "rope_theta": 1000000.0, "tie_word_embeddings": true}"#;
+        std::fs::write(&path, json).unwrap();
+        Config::open(&path).unwrap()
+    }
+
+    /// Against what the files hold: every tensor in bf16, rows up to a multiple of 16, and the last layer's q and k.
+    #[test]
+    fn weights_take_what_the_files_hold_and_the_scoring_copy() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let names = ["llama", "llama31_rope", "mistral", "mistral_sliding", "qwen2", "qwen3", "yarn"];
+        let golden = names.map(|name| root.join("tests/golden/arch").join(name));
+        for path in golden.into_iter().chain([root.join("models/gleaner-demo-16m")]) {
+            let model = Model::open(&path).unwrap();
+            let last = model.layers.last().unwrap();
+            let scoring: usize = [&last.q_proj, &last.k_proj]
+                .iter()
+                .map(|linear| linear.weight.elements() + linear.bias.as_ref().map_or(0, |bias| bias.elements()))
+                .sum();
+            let vocabularies = if model.config.tie_word_embeddings { 1 } else { 2 };
+            let padding = (model.config.vocab_size.div_ceil(16) * 16 - model.config.vocab_size)
+                * model.config.hidden_size
+                * vocabularies;
+            let expected = 2 * (model.parameters() + scoring + padding) as u64;
+            assert_eq!(weight_bytes(&model.config), expected, "{}", path.display());
+        }
+    }
+
+    /// The bytes of each buffer as kernels.h and the reader describe them.
+    #[test]
+    fn a_reading_takes_the_sum_of_its_buffers() {
+        let shape = PlanShape {
+            max_step_tokens: 1000,
+            question_rows: 20,
+            prefix_tokens: 0,
+            tail_tokens: 30,
+            topk: 300,
+            chunks: 7,
+            sentences: 400,
+            tokens: 6000,
+        };
+        let x_and_normed = 2 * 1000 * 896 * 2;
+        let attended = 1000 * 14 * 64 * 2;
+        let h = 1000 * 4864 * 2;
+        let rope = 1000 * 32 * 8;
+        let qkv = 1000 * (14 + 2 + 2) * 64 * 2;
+        let (q, k) = (20 * 14 * 64 * 2, 1000 * 2 * 64 * 2);
+        // prompt, owner, sentences, starts, phrase_scores, best, selected, kept; scores
+        let by_token = 1000 * (8 * 4 + 8);
+        let logits = 14 * 20 * 1000 * 4;
+        let stats = 14 * 20 * 8 * 8;
+        let (head_sums, row_weights) = (20 * 1000 * 4, 20 * 4);
+        let state = 12 * 4;
+        let logs = 7 * 16 + 7 * 300 * 12;
+        let tables = (6000 + 401 + 8 + 1 + 30) * 4;
+        let parts = ReadSizes::new(&qwen(), &shape).parts().map(|(_, bytes)| bytes);
+        let scoring = q + k + by_token + logits + stats + head_sums + row_weights;
+        assert_eq!(parts, [x_and_normed + attended + h + rope + qkv, scoring, state + logs + tables]);
+    }
+
+    #[test]
+    fn a_million_tokens_take_less_than_a_gigabyte_beside_the_weights() {
+        let config = qwen();
+        let params = ReadParams { window_length: 1024, max_retained: Some(2048), ..ReadParams::default() };
+        let shape = PlanShape::estimate(&params, 1_000_000, 64);
+        assert!((980..1100).contains(&shape.chunks), "{}", shape.chunks);
+        let sizes = ReadSizes::new(&config, &shape);
+        let answer = answer_bytes(&config, params.max_retained() + 64, 128);
+        let total = sizes.bytes() + answer;
+        assert!(total < 1_000_000_000, "{total}: {:?} and {answer}", sizes.parts());
+        // 12 bytes for each of 300 entries a step.
+        assert!(sizes.steps.journal * 4 < 4_000_000, "state and logs: {} words", sizes.steps.journal);
+    }
+
+    #[test]
+    fn buffers_of_two_documents_hold_either() {
+        let shape = PlanShape::estimate(&ReadParams::default(), 50_000, 10);
+        let wide = ReadParams { window_length: 4096, ..ReadParams::default() };
+        let (few_rows, short) = (PlanShape::estimate(&wide, 20_000, 10), PlanShape { question_rows: 900, ..shape });
+        let config = qwen();
+        let (a, b) = (ReadSizes::new(&config, &few_rows), ReadSizes::new(&config, &short));
+        let both = a.union(&b);
+        assert!(!cover(&a, &b) && !cover(&b, &a));
+        assert!(cover(&both, &a) && cover(&both, &b));
+        assert_eq!((both.qkv, both.q), (a.qkv, b.q));
+        assert!(both.bytes() < a.bytes() + b.bytes());
+    }
+
+    #[test]
+    fn the_remedy_is_for_what_takes_most() {
+        let remedy = |shape: PlanShape| ReadSizes::new(&qwen(), &shape).remedy();
+        let shape = PlanShape::estimate(&ReadParams::default(), 1_000_000, 64);
+        assert!(remedy(shape).contains("the window"));
+        assert!(remedy(PlanShape { question_rows: 1000, ..shape }).contains("shorten the question"));
+        let many = PlanShape { topk: 16384, chunks: 100_000, ..shape };
+        assert!(remedy(many).contains("topk"));
+    }
+
+    /// The cache is most of it: 24 layers of 18 heads of 64 in bf16 for each position.
+    #[test]
+    fn an_answer_takes_the_sum_of_its_buffers() {
+        let cache = 24 * 1100 * 18 * 64 * 2;
+        let row = 2 * 896 * 2 + 896 * 2 + 4864 * 2;
+        let tables = 2 * 1100 * 32 * 8;
+        let words = (151936 + 1000 + 4) * 4;
+        assert_eq!(answer_bytes(&qwen(), 1000, 100), cache + 1001 * row + tables + words);
+    }
+}
