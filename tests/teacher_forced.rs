@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Golden, GoldenStep, demo_reader, golden_folder, root};
+use common::{Golden, GoldenStep, demo_reader, golden_folder, root, selected, teacher_forced};
 use gleaner::cpu::CpuReader;
 
 /// Scores may differ by this share of the step's largest: both sides sum the same products in fp32, in another order.
@@ -58,6 +58,14 @@ fn check(golden: &Golden) {
 #[test]
 fn committed_goldens() {
     Golden::all(&root().join("tests/golden")).iter().for_each(check);
+}
+
+/// The same steps as one plan, through all of the reader: what the GPU's test relies on.
+#[test]
+fn a_recorded_run_as_a_plan() {
+    let golden = Golden::open(&root().join("tests/golden/almanac_narrow.safetensors"));
+    let (plan, kept) = teacher_forced(&golden);
+    assert_eq!(selected(&demo_reader(), &plan), kept);
 }
 
 #[test]

@@ -6,8 +6,11 @@ use cudarc::driver::sys::CUdevice_attribute::{
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
 };
 use cudarc::driver::sys::CUevent_flags::CU_EVENT_DEFAULT;
-use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr, DriverError, ValidAsZeroBits};
+use cudarc::driver::{
+    CudaContext, CudaGraph, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, DriverError, ValidAsZeroBits,
+};
 
+use super::statistics::{Counters, Statistics};
 use crate::{Error, Result};
 
 /// Oldest compute capability the kernels run on.
@@ -23,6 +26,7 @@ pub struct CudaDevice {
     ordinal: usize,
     /// Whether to run the kernels that only Hopper has.
     hopper: bool,
+    counters: Arc<Counters>,
 }
 
 pub(super) fn driver_error(what: &str, error: DriverError) -> Error {
@@ -65,7 +69,7 @@ impl CudaDevice {
         let context = CudaContext::new(ordinal).map_err(|error| driver_error("opening the GPU", error))?;
         disable_event_tracking(&context);
         let stream = context.new_stream().map_err(|error| driver_error("creating a stream", error))?;
-        let mut device = CudaDevice { context, stream, ordinal, hopper: false };
+        let mut device = CudaDevice { context, stream, ordinal, hopper: false, counters: Arc::default() };
         let (major, minor) = device.compute_capability()?;
         device.hopper = (major, minor) == HOPPER;
         if (major, minor) < MIN_COMPUTE_CAPABILITY {
@@ -105,6 +109,7 @@ impl CudaDevice {
     /// # Errors
     /// [`Error::Cuda`], a kernel's failure among them.
     pub fn synchronize(&self) -> Result<()> {
+        self.counters.synchronization();
         self.stream.synchronize().map_err(|error| driver_error("waiting for the GPU", error))
     }
 
@@ -121,6 +126,58 @@ impl CudaDevice {
         launches()?;
         let end = now()?;
         start.elapsed_ms(&end).map(f64::from).map_err(|error| driver_error("waiting for the GPU", error))
+    }
+
+    /// Copies `values` into new memory on the GPU; `what` names the copy in an error.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`], out of memory among them.
+    pub fn upload<T: DeviceRepr>(&self, what: &str, values: &[T]) -> Result<CudaSlice<T>> {
+        self.counters.upload(size_of_val(values));
+        self.stream.clone_htod(values).map_err(|error| driver_error(what, error))
+    }
+
+    /// Copies `values` to the start of `to`.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`], also if `to` is shorter.
+    pub fn upload_into<T: DeviceRepr>(&self, what: &str, values: &[T], to: &mut impl DevicePtrMut<T>) -> Result<()> {
+        if values.len() > to.len() {
+            let message = format!("{} elements do not fit a buffer of {}", values.len(), to.len());
+            return Err(Error::Cuda { op: what.into(), message });
+        }
+        self.counters.upload(size_of_val(values));
+        self.stream.memcpy_htod(values, to).map_err(|error| driver_error(what, error))
+    }
+
+    /// Waits for everything on the stream and returns what lies in `from`.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`], an earlier kernel's failure among them.
+    pub fn download<T: DeviceRepr>(&self, what: &str, from: &impl DevicePtr<T>) -> Result<Vec<T>> {
+        self.counters.download(from.num_bytes());
+        let values = self.stream.clone_dtoh(from).map_err(|error| driver_error(what, error))?;
+        self.synchronize()?;
+        Ok(values)
+    }
+
+    /// Launches a recorded run of kernels.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`].
+    pub fn launch(&self, what: &str, graph: &CudaGraph) -> Result<()> {
+        self.counters.graph_launch();
+        graph.launch().map_err(|error| driver_error(what, error))
+    }
+
+    /// What has travelled since the device was opened.
+    pub fn statistics(&self) -> Statistics {
+        self.counters.read()
+    }
+
+    /// The counters themselves, which can be read while the device is at work in another thread.
+    pub(super) fn counters(&self) -> Arc<Counters> {
+        self.counters.clone()
     }
 
     /// Bytes of its memory that are free.

@@ -21,6 +21,8 @@ mod reader;
 #[cfg(gleaner_cuda)]
 mod staging;
 #[cfg(gleaner_cuda)]
+mod statistics;
+#[cfg(gleaner_cuda)]
 mod workspace;
 
 use std::sync::Arc;
@@ -31,6 +33,8 @@ pub use ceiling::CublasLt;
 pub use device::CudaDevice;
 #[cfg(gleaner_cuda)]
 pub use reader::CudaReader;
+#[cfg(gleaner_cuda)]
+pub use statistics::Statistics;
 
 #[cfg(not(gleaner_cuda))]
 use crate::Error;

@@ -12,6 +12,7 @@ use super::device::{Allocator, driver_error};
 use super::memory::{ActivationSizes, ReadSizes};
 use super::model::{DeviceLayer, DeviceModel};
 use super::ops::{Heads, Rotation, Rows, Shift, StepLog};
+use super::statistics::{Counters, Statistics};
 use super::workspace::{Activations, Workspace};
 use super::{CudaDevice, memory};
 use crate::model::Model;
@@ -28,6 +29,8 @@ pub struct CudaReader {
     /// Kept from document to document. Locked behind `gpu`.
     workspace: Mutex<Option<Workspace>>,
     name: String,
+    counters: Arc<Counters>,
+    graphs: bool,
 }
 
 struct Gpu {
@@ -56,7 +59,22 @@ impl CudaReader {
         }
         let name = device.describe()?;
         let weights = device.load(&model)?;
-        Ok(CudaReader { model, gpu: Mutex::new(Gpu { device, weights }), workspace: Mutex::new(None), name })
+        let counters = device.counters();
+        let gpu = Mutex::new(Gpu { device, weights });
+        Ok(CudaReader { model, gpu, workspace: Mutex::new(None), name, counters, graphs: true })
+    }
+
+    /// Whether steps and tokens after the first are replayed from a recorded graph, as they are unless told otherwise,
+    /// or launched kernel by kernel, which is slower and shows a profiler each kernel in its place. The results are the
+    /// same to the bit.
+    pub fn set_graphs(&mut self, graphs: bool) {
+        self.graphs = graphs;
+    }
+
+    /// What has travelled between host and GPU since the device was opened, the weights included. It can be asked while
+    /// another thread reads.
+    pub fn statistics(&self) -> Statistics {
+        self.counters.read()
     }
 
     fn heads(&self) -> Heads {
@@ -140,7 +158,7 @@ impl CudaReader {
         let Gpu { device, weights } = gpu;
         let Workspace { activations: a, qkv, q, k, steps, plan, .. } = workspace;
         let config = &self.model.config;
-        device.embed(&mut a.x, &steps.prompt, &weights.embed_tokens, steps.rows(), config.hidden_size)?;
+        device.embed(&mut a.x, steps.prompt(), &weights.embed_tokens, steps.rows(), config.hidden_size)?;
         let (last, layers) = weights.layers.split_last().expect("a checked configuration has layers");
         for layer in layers {
             self.layer(device, layer, a, qkv, steps.rows())?;
@@ -162,7 +180,8 @@ impl CudaReader {
             device.head_norm(k, norms, rotation(0), (0, kv), kv * dim, steps.rows(), None, None, eps)?;
             device.head_norm(q, norms, rotation(0), (q_heads, 0), q_heads * dim, question, None, first, eps)?;
         }
-        device.score_and_select(steps, plan, q, k, last.heads)
+        device.question_scores(steps, q, k, last.heads)?;
+        device.select(steps, plan)
     }
 
     /// All steps of `plan`, and what they did.
@@ -173,14 +192,16 @@ impl CudaReader {
         device.start(&mut workspace.steps, &workspace.plan)?;
         // The first step loads the kernels, which must not happen while a graph is recorded.
         self.step(gpu, workspace)?;
-        if plan.chunks() > 1 {
-            let graph = record(device, || self.step(gpu, workspace))?;
-            for _ in 1..plan.chunks() {
-                graph.launch().map_err(|error| driver_error("launching a step", error))?;
+        let replay = self.graphs && plan.chunks() > 1;
+        // Kept until the readback has waited for its last launch.
+        let graph = replay.then(|| record(device, || self.step(gpu, workspace))).transpose()?;
+        for _ in 1..plan.chunks() {
+            match &graph {
+                Some(graph) => device.launch("launching a step", graph)?,
+                None => self.step(gpu, workspace)?,
             }
-            device.synchronize()?;
         }
-        workspace.steps.read_back(device, plan)
+        workspace.steps.read_back(device)
     }
 }
 
@@ -255,15 +276,13 @@ impl Reader for CudaReader {
         let (heads, hidden) = (self.heads(), config.hidden_size);
         let bytes = memory::answer_bytes(config, prompt.len(), sampling.max_new_tokens);
         device.check_free(bytes, "the buffers of an answer", "lower max_retained or max_new_tokens")?;
-        let failed = |error| driver_error("answering", error);
-        let stream = device.stream();
 
         let mut a = self.activations(device, prompt.len(), positions)?;
         let mut caches: Vec<CudaSlice<bf16>> =
             weights.layers.iter().map(|_| device.zeros(positions * heads.qkv_columns())).collect::<Result<_>>()?;
         // Number of the prompt's rows, one, and the position of the row that is being decoded.
-        let mut ints = stream.clone_htod(&[prompt.len() as i32, 1, 0]).map_err(failed)?;
-        let tokens = stream.clone_htod(prompt).map_err(failed)?;
+        let mut ints = device.upload("answering", &[prompt.len() as i32, 1, 0])?;
+        let tokens = device.upload("answering", prompt)?;
         {
             let rows = Rows { ints: &ints, index: 0, max: prompt.len() };
             device.embed(&mut a.x, &tokens, &weights.embed_tokens, rows, hidden)?;
@@ -273,15 +292,15 @@ impl Reader for CudaReader {
         }
         let mut one = self.activations(device, 1, positions)?;
         let last_row = a.x.slice((prompt.len() - 1) * hidden..prompt.len() * hidden);
-        stream.memcpy_dtod(&last_row, &mut one.x).map_err(failed)?;
+        device.stream().memcpy_dtod(&last_row, &mut one.x).map_err(|error| driver_error("answering", error))?;
         let mut logits = device.zeros(weights.vocab_rows)?;
         self.head(&gpu, &mut one, &mut logits, &ints)?;
 
-        let mut token = stream.clone_htod(&[0u32]).map_err(failed)?;
+        let mut token = device.upload("answering", &[0u32])?;
         let mut graph: Option<CudaGraph> = None;
         let mut answer = Vec::new();
         loop {
-            let host: Vec<f32> = stream.clone_dtoh(&logits).map_err(failed)?;
+            let host: Vec<f32> = device.download("answering", &logits)?;
             let next = sample(&host[..config.vocab_size], sampling, answer.len());
             let next = next.ok_or(Error::NotFinite { step: answer.len() })?;
             if self.model.generation_config.eos_token_id.contains(&next) {
@@ -292,15 +311,17 @@ impl Reader for CudaReader {
                 return Ok(answer);
             }
             let position = prompt.len() + answer.len() - 1;
-            stream.memcpy_htod(&[next], &mut token).map_err(failed)?;
-            stream.memcpy_htod(&[prompt.len() as i32, 1, position as i32], &mut ints).map_err(failed)?;
+            device.upload_into("answering", &[next], &mut token)?;
+            device.upload_into("answering", &[prompt.len() as i32, 1, position as i32], &mut ints)?;
             match &graph {
-                Some(graph) => graph.launch().map_err(failed)?,
-                None if answer.len() == 1 => self.decode(&gpu, &mut one, &mut caches, &mut logits, &token, &ints)?,
+                Some(graph) => device.launch("answering", graph)?,
+                None if answer.len() == 1 || !self.graphs => {
+                    self.decode(&gpu, &mut one, &mut caches, &mut logits, &token, &ints)?
+                }
                 None => {
                     let recorded =
                         record(device, || self.decode(&gpu, &mut one, &mut caches, &mut logits, &token, &ints))?;
-                    recorded.launch().map_err(failed)?;
+                    device.launch("answering", &recorded)?;
                     graph = Some(recorded);
                 }
             }

@@ -12,6 +12,8 @@ use crate::{Error, Result};
 /// Elements of a pinned buffer: 16 MiB.
 const BUFFER: usize = 8 << 20;
 
+const WHAT: &str = "copying weights to the GPU";
+
 struct Buffer {
     memory: PinnedHostSlice<bf16>,
     /// Recorded behind the last copy from it.
@@ -58,7 +60,7 @@ impl<'a> Staging<'a> {
             // Of this part of the buffer no copy is on its way: `turn` waited for those of its last round.
             let piece = &mut memory[self.filled..self.filled + len];
             matrix.fill(done, piece);
-            self.device.stream().memcpy_htod(piece, &mut out.slice_mut(done..done + len)).map_err(failed)?;
+            self.device.upload_into(WHAT, piece, &mut out.slice_mut(done..done + len))?;
             self.filled += len;
             done += len;
         }
@@ -88,12 +90,12 @@ impl Drop for Staging<'_> {
     /// The buffers must outlive the copies from them, also where an error ended the loading.
     fn drop(&mut self) {
         // What failed, the failing call or the next one says.
-        let _ = self.device.stream().synchronize();
+        let _ = self.device.synchronize();
     }
 }
 
 fn failed(error: DriverError) -> Error {
-    driver_error("copying weights to the GPU", error)
+    driver_error(WHAT, error)
 }
 
 #[allow(unsafe_code)]

@@ -3,7 +3,7 @@
 use cudarc::driver::CudaSlice;
 use half::bf16;
 
-use super::device::{Allocator, driver_error};
+use super::device::Allocator;
 use super::memory::{ActivationSizes, ReadSizes};
 use super::ops::{DevicePlan, StepBuffers};
 use super::{CudaDevice, memory};
@@ -34,8 +34,7 @@ impl Activations {
         let table = RopeTable::new(&model.config, sizes.rope / model.config.head_dim);
         let by_turns: Vec<f32> = table.cos.iter().zip(&table.sin).flat_map(|(cos, sin)| [*cos, *sin]).collect();
         let mut rope = allocator.zeros(sizes.rope)?;
-        let copied = device.stream().memcpy_htod(&by_turns, &mut rope);
-        copied.map_err(|error| driver_error("copying the rotary table to the GPU", error))?;
+        device.upload_into("copying the rotary table to the GPU", &by_turns, &mut rope)?;
         Ok(Activations {
             x: allocator.zeros(sizes.x)?,
             normed: allocator.zeros(sizes.x)?,

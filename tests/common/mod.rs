@@ -1,11 +1,15 @@
 //! What the integration tests share: the bundled model, and recorded runs of the reference.
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
+use std::collections::BTreeSet;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 
 use gleaner::cpu::CpuReader;
 use gleaner::model::Model;
+use gleaner::plan::Plan;
+use gleaner::reader::{DropReason, Reader};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -106,6 +110,56 @@ impl Golden {
             })
             .collect()
     }
+}
+
+/// A recorded run as one plan that forces each step to start from its recorded prompt: chunk `i` is the whole context of
+/// step `i`, and nothing of it may stay. What a step selects, it then drops for want of room. The weights of the question
+/// rows are those of the first step, as in the recording.
+///
+/// Returns the plan, and the sentences that each recorded step kept.
+pub fn teacher_forced(golden: &Golden) -> (Plan, Vec<BTreeSet<u32>>) {
+    let steps = golden.steps();
+    let first = &steps[0];
+    let (prefix, tail) = (&first.input_ids[..first.prefix], &first.input_ids[first.context_end..]);
+    let mut plan = Plan {
+        prefix: prefix.to_vec(),
+        tail: tail.to_vec(),
+        question_start: (first.question_start - first.context_end) as u32,
+        tokens: Vec::new(),
+        sentence_offsets: vec![0],
+        chunk_offsets: vec![0],
+        topk: golden.setting("topk") as u32,
+        phrase_width: golden.setting("answer_length") as u32,
+        max_retained: 0,
+    };
+    let mut kept = Vec::new();
+    for step in &steps {
+        assert!(step.input_ids[..step.prefix] == *prefix && step.input_ids[step.context_end..] == *tail);
+        let starts = step.sentence_starts.iter().copied();
+        let starts: Vec<usize> = starts.filter(|start| (step.prefix..step.context_end).contains(start)).collect();
+        assert_eq!(starts[0], step.prefix);
+        let offset = plan.tokens.len();
+        let first_sentence = plan.sentences() as u32;
+        let id = |start: &usize| first_sentence + starts.binary_search(start).expect("a kept sentence starts") as u32;
+        kept.push(step.kept_starts.iter().map(id).collect());
+        plan.tokens.extend(&step.input_ids[step.prefix..step.context_end]);
+        let ends = starts[1..].iter().chain([&step.context_end]);
+        plan.sentence_offsets.extend(ends.map(|&end| (offset + end - step.prefix) as u32));
+        plan.chunk_offsets.push(plan.sentences() as u32);
+    }
+    (plan, kept)
+}
+
+/// What each step of a plan by [`teacher_forced`] selects.
+pub fn selected(reader: &dyn Reader, plan: &Plan) -> Vec<BTreeSet<u32>> {
+    let mut steps = Vec::new();
+    let gleaned = reader.read(plan, &mut |report| {
+        let dropped = report.dropped.iter();
+        steps.push(dropped.filter(|entry| entry.1 == DropReason::MaxRetained).map(|entry| entry.0).collect());
+        ControlFlow::Continue(())
+    });
+    assert!(gleaned.unwrap().kept.is_empty());
+    steps
 }
 
 /// A tensor of fp32 values.

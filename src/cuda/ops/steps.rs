@@ -1,8 +1,10 @@
 //! The loop on the device: a plan's tables, the state that steps hand on, and the launches from the final layer's keys
 //! and queries to the next prompt.
 
+use cudarc::driver::CudaViewMut;
+
 use super::*;
-use crate::cuda::device::{Allocator, driver_error};
+use crate::cuda::device::Allocator;
 use crate::cuda::memory::{self, PlanSizes, StepSizes};
 use crate::plan::Plan;
 
@@ -42,7 +44,7 @@ struct Selected {
 
 const _: () = assert!(size_of::<Step>() == size_of::<ffi::GleanerStep>());
 const _: () = assert!(size_of::<Selected>() == size_of::<ffi::GleanerSelected>());
-const _: () = assert!(state::LEN == memory::STATE_WORDS);
+const _: () = assert!(state::LEN.next_multiple_of(4) == memory::STATE_WORDS);
 const _: () = assert!(size_of::<Step>() == memory::STEP_WORDS * 4);
 const _: () = assert!(size_of::<Selected>() == memory::SELECTED_WORDS * 4);
 
@@ -97,7 +99,7 @@ impl DevicePlan {
         require(fits, op, "its tables are smaller than the plan")?;
         let values = [&plan.tokens, &plan.sentence_offsets, &plan.chunk_offsets, &plan.prefix, &plan.tail];
         for (values, table) in values.into_iter().zip(&mut self.tables).filter(|(values, _)| !values.is_empty()) {
-            device.stream().memcpy_htod(values, table).map_err(|error| driver_error(&op(), error))?;
+            device.upload_into(&op(), values, table)?;
         }
         self.numbers = PlanNumbers {
             prefix_len: plan.prefix.len() as i32,
@@ -135,25 +137,23 @@ impl DevicePlan {
 
 /// What the steps of one document share on the device.
 pub struct StepBuffers {
-    /// The state, as integers; see [`state`].
-    pub state: CudaSlice<i32>,
-    /// The step's prompt, `[max_tokens]`.
-    pub prompt: CudaSlice<u32>,
-    /// Probabilities of the question rows, summed over heads, `[max_rows, max_tokens]`.
-    pub head_sums: CudaSlice<f32>,
+    /// All that is read back, so that one copy brings it: the state, padded to [`memory::STATE_WORDS`]; a [`Step`] a
+    /// chunk; and `max_log` times [`Selected`] a chunk.
+    journal: CudaSlice<i32>,
+    prompt: CudaSlice<u32>,
+    head_sums: CudaSlice<f32>,
     logits: CudaSlice<f32>,
     stats: CudaSlice<f32>,
     row_weights: CudaSlice<f32>,
     scores: CudaSlice<f64>,
-    log: CudaSlice<u32>,
-    step_log: CudaSlice<i32>,
     /// Owners, starts, selected.
     ints: [CudaSlice<i32>; 3],
     /// Sentences, best scores, kept.
     words: [CudaSlice<u32>; 3],
     phrase_scores: CudaSlice<f32>,
     sizes: StepSizes,
-    /// Of the plan that they are prepared for, as are the next two.
+    /// Of the plan that they are prepared for, as are the next three.
+    chunks: usize,
     max_tokens: usize,
     max_rows: usize,
     max_log: usize,
@@ -185,19 +185,18 @@ impl StepBuffers {
     pub(in crate::cuda) fn allocate(allocator: &mut Allocator, sizes: StepSizes) -> Result<StepBuffers> {
         let tokens = sizes.tokens;
         Ok(StepBuffers {
-            state: allocator.zeros(state::LEN)?,
+            journal: allocator.zeros(sizes.journal)?,
             prompt: allocator.zeros(tokens)?,
             head_sums: allocator.zeros(sizes.head_sums)?,
             logits: allocator.zeros(sizes.logits)?,
             stats: allocator.zeros(sizes.stats)?,
             row_weights: allocator.zeros(sizes.row_weights)?,
             scores: allocator.zeros(tokens)?,
-            log: allocator.zeros(sizes.log)?,
-            step_log: allocator.zeros(sizes.step_log)?,
             ints: [allocator.zeros(tokens)?, allocator.zeros(tokens)?, allocator.zeros(tokens)?],
             words: [allocator.zeros(tokens)?, allocator.zeros(tokens)?, allocator.zeros(tokens)?],
             phrase_scores: allocator.zeros(tokens)?,
             sizes,
+            chunks: 0,
             max_tokens: 0,
             max_rows: 0,
             max_log: 0,
@@ -210,6 +209,7 @@ impl StepBuffers {
         let shape = plan.shape();
         let covered = memory::cover(&self.sizes, &StepSizes::new(&shape, heads.q));
         require(covered, || "preparing a document".into(), "the step buffers are smaller than its plan")?;
+        self.chunks = shape.chunks;
         self.max_tokens = shape.max_step_tokens;
         self.max_rows = shape.question_rows;
         self.max_log = memory::max_log(&shape);
@@ -219,8 +219,10 @@ impl StepBuffers {
     fn raw(&mut self, device: &CudaDevice) -> ffi::GleanerLoop {
         let [owner, starts, selected] = self.ints.each_mut().map(|buffer| device.address_mut(buffer) as *mut i32);
         let [sentences, best, kept] = self.words.each_mut().map(|buffer| device.address_mut(buffer) as *mut u32);
+        let state = device.address_mut(&mut self.journal) as *mut i32;
+        let step_log = state.wrapping_add(memory::STATE_WORDS);
         ffi::GleanerLoop {
-            state: device.address_mut(&mut self.state) as *mut _,
+            state: state as *mut _,
             prompt: device.address_mut(&mut self.prompt) as *mut _,
             owner,
             sentences,
@@ -230,8 +232,8 @@ impl StepBuffers {
             best,
             selected,
             kept,
-            log: device.address_mut(&mut self.log) as *mut _,
-            step_log: device.address_mut(&mut self.step_log) as *mut _,
+            log: step_log.wrapping_add(self.chunks * memory::STEP_WORDS) as *mut _,
+            step_log: step_log as *mut _,
             max_tokens: self.max_tokens as i32,
             max_log: self.max_log as i32,
         }
@@ -239,34 +241,49 @@ impl StepBuffers {
 
     /// Live rows of the step's prompt.
     pub fn rows(&self) -> Rows<'_> {
-        Rows { ints: &self.state, index: state::TOKENS, max: self.max_tokens }
+        Rows { ints: &self.journal, index: state::TOKENS, max: self.max_tokens }
     }
 
     /// Its question rows.
     pub fn question_rows(&self) -> Rows<'_> {
-        Rows { ints: &self.state, index: state::QUESTION_ROWS, max: self.max_rows }
+        Rows { ints: &self.journal, index: state::QUESTION_ROWS, max: self.max_rows }
     }
 
     /// The first of them.
     pub fn question_start(&self) -> Shift<'_> {
-        Shift { ints: &self.state, index: state::QUESTION_START }
+        Shift { ints: &self.journal, index: state::QUESTION_START }
+    }
+
+    /// The step's prompt, `[max_tokens]`.
+    pub fn prompt(&self) -> &CudaSlice<u32> {
+        &self.prompt
+    }
+
+    /// Probabilities of the question rows, summed over heads, `[max_rows, max_tokens]`.
+    pub fn head_sums(&self) -> &CudaSlice<f32> {
+        &self.head_sums
+    }
+
+    /// Scores of the context's tokens before the box filter, `[max_tokens]`.
+    pub fn scores(&self) -> &CudaSlice<f64> {
+        &self.scores
+    }
+
+    /// The same, for a caller with scores of its own. A view, so that the buffer keeps its length.
+    pub fn scores_mut(&mut self) -> CudaViewMut<'_, f64> {
+        self.scores.slice_mut(..)
     }
 
     /// The readback: what all steps did, and the error flags. Waits for the device.
     ///
     /// # Errors
     /// [`Error::NotFinite`], [`Error::Cuda`].
-    pub fn read_back(&self, device: &CudaDevice, plan: &Plan) -> Result<StepLog> {
-        let failed = |error| driver_error("reading a document", error);
-        let stream = device.stream();
-        let state: Vec<i32> = stream.clone_dtoh(&self.state).map_err(failed)?;
-        let step_words = plan.chunks() * memory::STEP_WORDS;
-        let log_words = plan.chunks() * self.max_log * memory::SELECTED_WORDS;
-        let fits = step_words <= self.step_log.len() && log_words <= self.log.len();
-        require(fits, || "reading a document".into(), "the step buffers were prepared for another plan")?;
-        let steps: Vec<i32> = stream.clone_dtoh(&self.step_log.slice(..step_words)).map_err(failed)?;
-        let log: Vec<u32> = stream.clone_dtoh(&self.log.slice(..log_words)).map_err(failed)?;
-        stream.synchronize().map_err(failed)?;
+    pub fn read_back(&self, device: &CudaDevice) -> Result<StepLog> {
+        let step_words = self.chunks * memory::STEP_WORDS;
+        let words = memory::STATE_WORDS + step_words + self.chunks * self.max_log * memory::SELECTED_WORDS;
+        let journal: Vec<i32> = device.download("reading a document", &self.journal.slice(..words))?;
+        let (state, logs) = journal.split_at(memory::STATE_WORDS);
+        let (steps, log) = logs.split_at(step_words);
         let at = |offset: usize| state[offset / 4];
         let error = at(std::mem::offset_of!(ffi::GleanerState, error));
         if error & ffi::GLEANER_ERROR_NOT_FINITE as i32 != 0 {
@@ -276,8 +293,8 @@ impl StepBuffers {
             let message = format!("a step has more than the {} tokens that were planned for", self.max_tokens);
             return Err(Error::Cuda { op: "reading a document".into(), message });
         }
-        let steps: &[Step] = bytemuck::cast_slice(&steps);
-        let log: &[Selected] = bytemuck::cast_slice(&log);
+        let steps: &[Step] = bytemuck::cast_slice(steps);
+        let log: &[Selected] = bytemuck::cast_slice(log);
         let selected = steps.iter().zip(log.chunks(self.max_log)).map(|(step, log)| {
             log[..step.selected as usize].iter().map(|entry| (entry.sentence, entry.kept == 1, entry.score)).collect()
         });
@@ -303,29 +320,28 @@ impl CudaDevice {
         check(unsafe { ffi::gleaner_start(&steps.raw(self), &plan.raw(self), self.raw_stream()) }, || "start".into())
     }
 
-    /// From the last layer's queries `[max_rows, q * dim]` and keys `[max_tokens, kv * dim]` to the next step's prompt:
-    /// three launches.
+    /// From the last layer's queries `[max_rows, q * dim]` and keys `[max_tokens, kv * dim]` to the scores of the
+    /// context's tokens: two launches.
     ///
     /// # Errors
     /// [`Error::Cuda`].
-    pub fn score_and_select(
+    pub fn question_scores(
         &self,
         steps: &mut StepBuffers,
-        plan: &DevicePlan,
         q: &CudaSlice<bf16>,
         k: &CudaSlice<bf16>,
         heads: Heads,
     ) -> Result<()> {
         let (max_rows, max_tokens) = (steps.max_rows, steps.max_tokens);
         let op = || {
-            format!("score_and_select [{max_rows}, {max_tokens}, {} of {} heads of {}]", heads.q, heads.kv, heads.dim)
+            format!("question_scores [{max_rows}, {max_tokens}, {} of {} heads of {}]", heads.q, heads.kv, heads.dim)
         };
         check_heads(&op, heads)?;
         let fits = q.len() >= max_rows * heads.q * heads.dim && k.len() >= max_tokens * heads.kv * heads.dim;
         require(fits, op, "a buffer is smaller than its rows")?;
         require(heads.q <= 128, op, "at most 128 query heads")?;
         require(steps.logits.len() >= heads.q * max_rows * max_tokens, op, "the step buffers have fewer heads")?;
-        let state = self.address(&steps.state) as *const ffi::GleanerState;
+        let state = self.address(&steps.journal) as *const ffi::GleanerState;
         check(
             // SAFETY: the step buffers were made for these rows, tokens and heads; q and k hold them (checked above).
             unsafe {
@@ -363,8 +379,15 @@ impl CudaDevice {
                 )
             },
             op,
-        )?;
+        )
+    }
+
+    /// From scores to the sentences that stay, the step's log and the next step's prompt.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`].
+    pub fn select(&self, steps: &mut StepBuffers, plan: &DevicePlan) -> Result<()> {
         // SAFETY: as in `start`.
-        check(unsafe { ffi::gleaner_select(&steps.raw(self), &plan.raw(self), self.raw_stream()) }, op)
+        check(unsafe { ffi::gleaner_select(&steps.raw(self), &plan.raw(self), self.raw_stream()) }, || "select".into())
     }
 }

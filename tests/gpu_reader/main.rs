@@ -1,14 +1,18 @@
 //! The CUDA reader against the fp32 reader, on a GPU: `cargo test --release --test gpu_reader -- --ignored`.
 #![cfg(gleaner_cuda)]
 
+mod checkpoints;
+#[path = "../common/mod.rs"]
 mod common;
+mod recorded;
+mod runs;
 
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 use std::process::Command;
 use std::sync::Arc;
 
-use common::{demo_dir, root};
+use common::{DEMO, demo_dir, root};
 use gleaner::cpu::CpuReader;
 use gleaner::cuda::{CudaDevice, CudaReader};
 use gleaner::model::Model;
@@ -17,8 +21,23 @@ use gleaner::reader::{Gleaned, Reader, Sampling};
 use gleaner::{AskParams, Device, Document, Engine};
 use serde_json::Value;
 
+fn cuda_reader(model: Arc<Model>) -> CudaReader {
+    CudaReader::new(CudaDevice::open(0).unwrap(), model).unwrap()
+}
+
+/// A small random model of this architecture.
+fn small_model(name: &str) -> Arc<Model> {
+    Arc::new(Model::open(root().join("tests/golden/arch").join(name)).unwrap())
+}
+
 fn read(reader: &dyn Reader, plan: &Plan) -> Gleaned {
     reader.read(plan, &mut |_| ControlFlow::Continue(())).unwrap()
+}
+
+/// The likeliest tokens behind `prompt`.
+fn answer(reader: &dyn Reader, prompt: &[u32], max_new_tokens: usize) -> Vec<u32> {
+    let greedy = Sampling { max_new_tokens, ..Sampling::default() };
+    reader.answer(prompt, &greedy, &mut |_| ControlFlow::Continue(())).unwrap()
 }
 
 fn ids(gleaned: &Gleaned) -> BTreeSet<u32> {
@@ -68,8 +87,8 @@ const LOGIT_TOLERANCE: f32 = 0.15;
 #[ignore = "needs a GPU"]
 fn architectures_agree_with_the_fp32_reader() {
     for name in ["llama", "llama31_rope", "mistral", "mistral_sliding", "qwen2", "qwen3", "yarn"] {
-        let model = Arc::new(Model::open(root().join("tests/golden/arch").join(name)).unwrap());
-        let cuda = CudaReader::new(CudaDevice::open(0).unwrap(), model.clone()).unwrap();
+        let model = small_model(name);
+        let cuda = cuda_reader(model.clone());
         let cpu = CpuReader::new(model);
         let plan = noise_plan(256, 10, 4096);
         let (ours, expected) = (read(&cuda, &plan), read(&cpu, &plan));
@@ -85,8 +104,7 @@ fn architectures_agree_with_the_fp32_reader() {
         let (prompt, vocab_size) = (&plan.tokens[..100], 256);
         let (_, logits) = cpu.hidden_and_logits(prompt).unwrap();
         let logits = &logits[logits.len() - vocab_size..];
-        let greedy = Sampling { max_new_tokens: 1, ..Sampling::default() };
-        let first = cuda.answer(prompt, &greedy, &mut |_| ControlFlow::Continue(())).unwrap();
+        let first = answer(&cuda, prompt, 1);
         let behind = logits.iter().copied().fold(f32::MIN, f32::max) - logits[first[0] as usize];
         assert!(behind <= LOGIT_TOLERANCE, "{name}: the first token is {behind} behind the likeliest");
         println!("{name}: {:.0}% in common, scores within {worst:.1e} of the largest", common * 100.0);
@@ -99,8 +117,7 @@ fn architectures_agree_with_the_fp32_reader() {
 #[test]
 #[ignore = "needs a GPU"]
 fn runs_repeat_to_the_bit() {
-    let model = Arc::new(Model::open(demo_dir()).unwrap());
-    let reader = CudaReader::new(CudaDevice::open(0).unwrap(), model).unwrap();
+    let reader = cuda_reader(DEMO.clone());
     for max_retained in [150, 4096] {
         let plan = noise_plan(8000, 205, max_retained);
         let mut retained = Vec::new();
@@ -132,15 +149,14 @@ fn runs_repeat_to_the_bit() {
 #[test]
 #[ignore = "needs a GPU"]
 fn one_workspace_serves_documents_of_any_size() {
-    let model = Arc::new(Model::open(demo_dir()).unwrap());
-    let fresh = |plan: &Plan| read(&CudaReader::new(CudaDevice::open(0).unwrap(), model.clone()).unwrap(), plan);
+    let fresh = |plan: &Plan| read(&cuda_reader(DEMO.clone()), plan);
     let long = noise_plan(8000, 205, 2000);
     let short = noise_plan(8000, 12, 150);
     let long_question = Plan { tail: (0..300).collect(), ..short.clone() };
     let no_prefix = Plan { prefix: Vec::new(), topk: 5, ..long.clone() };
     let plans = [&short, &long, &long_question, &short, &no_prefix];
     let expected = plans.map(fresh);
-    let reader = CudaReader::new(CudaDevice::open(0).unwrap(), model.clone()).unwrap();
+    let reader = cuda_reader(DEMO.clone());
     let first = plans.map(|plan| read(&reader, plan));
     assert_eq!(first, expected);
     let observer = CudaDevice::open(0).unwrap();
@@ -163,8 +179,7 @@ fn too_little_memory_is_said_beforehand() {
         assert!(message.contains(word), "{word:?} is not in: {message}");
     }
     // A document whose steps alone would take terabytes: refused, and the reader goes on.
-    let model = Arc::new(Model::open(demo_dir()).unwrap());
-    let reader = CudaReader::new(device, model).unwrap();
+    let reader = CudaReader::new(device, DEMO.clone()).unwrap();
     let plan = noise_plan(8000, 40, 150);
     let huge = Plan { max_retained: 1_000_000, tail: vec![1; 20_000], question_start: 0, ..plan.clone() };
     let error = reader.read(&huge, &mut |_| ControlFlow::Continue(())).unwrap_err().to_string();

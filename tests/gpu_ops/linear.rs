@@ -1,0 +1,205 @@
+//! The linear layers, for many rows and for one, with what becomes of their results.
+
+use gleaner::cuda::ops::Rotation;
+use half::bf16;
+
+use super::{
+    CANARIES, CANARY, FP32_ROUNDING, Gpu, JUNK_ROWS, READING_LENGTHS, check_product, check_within, noise, product,
+    rotate,
+};
+
+/// Shapes of the demo model, of Qwen2.5-0.5B, and odd ones.
+const LINEARS: [(usize, usize); 5] = [(640, 384), (1152, 896), (48, 40), (896, 4864), (272, 72)];
+
+fn residual(gpu: &mut Gpu, rows: usize, (n, k): (usize, usize), bias: bool) -> f64 {
+    gpu.set(rows, [0, 0]);
+    let (linear, weight, bias) = gpu.linear(n, k, bias);
+    let (a, x) = (noise(rows * k, 5), noise(rows * n, 6));
+    let mut out = gpu.with_canaries(&x, n);
+    gpu.device.gemm_residual(&mut out, &gpu.with_junk(&a, k), &linear, gpu.rows(rows)).unwrap();
+    let expected: Vec<f64> = product(&a, &weight, &bias, n, k).iter().zip(&x).map(|(y, x)| y + x.to_f64()).collect();
+    let op = format!("gemm_residual [{rows}, {n}, {k}]");
+    let worst = check_product(&gpu.download(&out, rows * n, &op), &expected, k, &op);
+    if rows > 1 {
+        return worst;
+    }
+    let mut out = gpu.upload(&[&x[..], &[CANARY; CANARIES]].concat());
+    gpu.device.gemv_residual(&mut out, &gpu.upload(&a), &linear).unwrap();
+    let op = format!("gemv_residual [{n}, {k}]");
+    worst.max(check_product(&gpu.download(&out, n, &op), &expected, k, &op))
+}
+
+fn swiglu(gpu: &mut Gpu, rows: usize, (n, k): (usize, usize), bias: bool) -> f64 {
+    gpu.set(rows, [0, 0]);
+    let (linear, weight, bias) = gpu.linear(n, k, bias);
+    let a = noise(rows * k, 7);
+    let expected: Vec<f64> = product(&a, &weight, &bias, n, k)
+        .chunks(16)
+        .flat_map(|pair| (0..8).map(|i| pair[i] / (1.0 + (-pair[i]).exp()) * pair[8 + i]).collect::<Vec<_>>())
+        .collect();
+    let mut out = gpu.canaries(rows, n / 2);
+    gpu.device.gemm_swiglu(&mut out, &gpu.with_junk(&a, k), &linear, gpu.rows(rows)).unwrap();
+    let op = format!("gemm_swiglu [{rows}, {n}, {k}]");
+    let worst = check_product(&gpu.download(&out, rows * n / 2, &op), &expected, k, &op);
+    if rows > 1 {
+        return worst;
+    }
+    let mut out = gpu.canaries(1, n / 2);
+    gpu.device.gemv_swiglu(&mut out, &gpu.upload(&a), &linear).unwrap();
+    let op = format!("gemv_swiglu [{n}, {k}]");
+    worst.max(check_product(&gpu.download(&out, n / 2, &op), &expected, k, &op))
+}
+
+/// Rows `first..first + rows` of `a`, with all heads of `n` columns but the last rotated by their row.
+fn rope(gpu: &mut Gpu, (rows, first): (usize, usize), head_dim: usize, n: usize, k: usize) -> f64 {
+    gpu.set(rows, [first, 0]);
+    let columns = n - head_dim;
+    let (linear, weight, bias) = gpu.linear(n, k, true);
+    let a = noise((first + rows) * k, 8);
+    let (table, table_gpu) = gpu.rope_table(first + rows + JUNK_ROWS, head_dim);
+    let mut expected = product(&a[first * k..], &weight, &bias, n, k);
+    for (row, out) in expected.chunks_mut(n).enumerate() {
+        out[..columns].chunks_mut(head_dim).for_each(|head| rotate(head, &table, first + row));
+    }
+    let rotation = Rotation { table: &table_gpu, head_dim, columns };
+    let mut out = gpu.canaries(rows, n);
+    let a_gpu = gpu.with_junk(&a, k);
+    gpu.device.gemm_rope(&mut out, &a_gpu, &linear, rotation, gpu.rows(rows), Some(gpu.shift(0))).unwrap();
+    let op = format!("gemm_rope [{rows}, {n}, {k}] from {first}");
+    check_product(&gpu.download(&out, rows * n, &op), &expected, k, &op)
+}
+
+/// Runs `check`, which returns the worst error, with the kernels made for this GPU, and on Hopper with the portable ones
+/// too.
+fn with_all_kernels(name: &str, check: impl Fn(&mut Gpu) -> f64) {
+    let mut gpu = Gpu::open();
+    if gpu.device.runs_hopper_kernels() {
+        println!("{name} on Hopper: worst error {:.2} of the bound", check(&mut gpu));
+        gpu.device.run_portable_kernels();
+    }
+    println!("{name}: worst error {:.2} of the bound", check(&mut gpu));
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn gemm_residual() {
+    with_all_kernels("gemm_residual", |gpu| {
+        let mut worst = 0.0f64;
+        for shape in LINEARS {
+            for rows in [1, 64, 65, 127, 129, 300] {
+                for bias in [false, true] {
+                    worst = worst.max(residual(gpu, rows, shape, bias));
+                }
+            }
+        }
+        worst
+    });
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn gemm_swiglu() {
+    with_all_kernels("gemm_swiglu", |gpu| {
+        let mut worst = 0.0f64;
+        for shape in LINEARS {
+            for rows in [1, 63, 128, 200] {
+                for bias in [false, true] {
+                    worst = worst.max(swiglu(gpu, rows, shape, bias));
+                }
+            }
+        }
+        worst
+    });
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn gemm_rope() {
+    with_all_kernels("gemm_rope", |gpu| {
+        let mut worst = 0.0f64;
+        for (head_dim, n, k) in [(64, 640, 384), (128, 384, 896), (64, 128, 72)] {
+            for rows in [(1, 0), (65, 0), (130, 17)] {
+                worst = worst.max(rope(gpu, rows, head_dim, n, k));
+            }
+        }
+        worst
+    });
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn gemm_at_reading_lengths() {
+    with_all_kernels("gemm at reading lengths", |gpu| {
+        let mut worst = 0.0f64;
+        for rows in READING_LENGTHS {
+            for shape in [(384, 640), (896, 896), (896, 4864), (272, 72)] {
+                worst = worst.max(residual(gpu, rows, shape, false));
+            }
+            for shape in [(2048, 384), (9728, 896), (272, 72)] {
+                worst = worst.max(swiglu(gpu, rows, shape, false));
+            }
+            for (head_dim, n, k) in [(64, 640, 384), (64, 1152, 896), (128, 384, 72)] {
+                worst = worst.max(rope(gpu, (rows, 0), head_dim, n, k));
+                worst = worst.max(rope(gpu, (rows - 1100, 1100), head_dim, n, k));
+            }
+        }
+        worst
+    });
+}
+
+/// Products of bf16 are exact in fp32; of their sum, in whatever order, each of the at most k additions is off by at most
+/// 2^-24 of the sum of magnitudes.
+#[test]
+#[ignore = "needs a GPU"]
+fn gemv_logits() {
+    const CANARY: f32 = 7.7e7;
+    let gpu = Gpu::open();
+    let mut worst = 0.0f64;
+    for (n, k) in [(16, 8), (256, 64), (8192, 384), (272, 72), (4096, 3584), (1008, 896)] {
+        let (linear, weight, none) = gpu.linear(n, k, false);
+        let a = noise(k, 14);
+        let mut out = gpu.upload(&vec![CANARY; n + CANARIES]);
+        gpu.device.gemv_logits(&mut out, &gpu.upload(&a), &linear.weight, n, k).unwrap();
+        let magnitude = |values: &[bf16]| values.iter().map(|x| bf16::from_f32(x.to_f32().abs())).collect::<Vec<_>>();
+        let magnitudes = product(&magnitude(&a), &magnitude(&weight), &none, n, k);
+        let out = gpu.fetch(&out);
+        assert!(out[n..].iter().all(|value| *value == CANARY), "gemv_logits [{n}, {k}] wrote behind its row");
+        let out: Vec<f64> = out[..n].iter().map(|&value| value as f64).collect();
+        let allowed = |i: usize| magnitudes[i] * k as f64 * FP32_ROUNDING;
+        let op = format!("gemv_logits [{n}, {k}]");
+        worst = worst.max(check_within(&out, &product(&a, &weight, &none, n, k), allowed, &op));
+    }
+    println!("gemv_logits: worst error {worst:.2} of the bound");
+}
+
+/// One row, written to its place among rows that must stay as they are.
+#[test]
+#[ignore = "needs a GPU"]
+fn gemv_rope() {
+    let mut gpu = Gpu::open();
+    let mut worst = 0.0f64;
+    for (head_dim, n, k) in [(64, 640, 384), (128, 384, 896), (64, 128, 72), (64, 192, 8)] {
+        for position in [0, 1, 17, 63] {
+            for columns in [0, n - head_dim, n] {
+                gpu.set(1, [position, 0]);
+                let rows = 64;
+                let (linear, weight, bias) = gpu.linear(n, k, columns > 0);
+                let a = noise(k, 15);
+                let (table, table_gpu) = gpu.rope_table(rows + JUNK_ROWS + CANARIES.div_ceil(n), head_dim);
+                let mut expected = product(&a, &weight, &bias, n, k);
+                expected[..columns].chunks_mut(head_dim).for_each(|head| rotate(head, &table, position));
+                let rotation = Rotation { table: &table_gpu, head_dim, columns };
+                let mut out = gpu.canaries(rows, n);
+                gpu.device.gemv_rope(&mut out, &gpu.upload(&a), &linear, rotation, gpu.shift(0)).unwrap();
+                let op = format!("gemv_rope [{n}, {k}] to row {position}, {columns} columns rotated");
+                let out = gpu.fetch(&out);
+                let (start, end) = (position * n, (position + 1) * n);
+                let others = out[..start].iter().chain(&out[end..]);
+                assert!(others.into_iter().all(|value| *value == CANARY), "{op} wrote beside its row");
+                let out: Vec<f64> = out[start..end].iter().map(|value| value.to_f64()).collect();
+                worst = worst.max(check_product(&out, &expected, k, &op));
+            }
+        }
+    }
+    println!("gemv_rope: worst error {worst:.2} of the bound");
+}

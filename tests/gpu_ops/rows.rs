@@ -1,0 +1,135 @@
+//! What works row by row: embedding, RMSNorm, the head norms of Qwen3; and the checks of shapes.
+
+use gleaner::cuda::CudaDevice;
+use gleaner::cuda::ops::{Heads, Rotation, Rows};
+use half::bf16;
+
+use super::{CANARY, Gpu, JUNK_ROWS, Noise, READING_LENGTHS, check, noise, rotate};
+
+/// On, just below and just above every tile edge the kernels have, and the lengths of real steps.
+fn row_counts() -> impl Iterator<Item = usize> {
+    [1, 63, 64, 65, 127, 128, 129].into_iter().chain(READING_LENGTHS)
+}
+
+/// `x / sqrt(mean(x^2) + eps) * weight`
+fn normalised(x: &[bf16], weight: &[bf16], eps: f32) -> Vec<f64> {
+    let square: f64 = x.iter().map(|x| x.to_f64() * x.to_f64()).sum();
+    let scale = (square / x.len() as f64 + eps as f64).sqrt().recip();
+    x.iter().zip(weight).map(|(x, w)| x.to_f64() * scale * w.to_f64()).collect()
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn rms_norm() {
+    let mut gpu = Gpu::open();
+    let eps = 1e-6f32;
+    let mut worst = 0.0f64;
+    for hidden_size in [8, 128, 384, 896, 3584] {
+        for rows in row_counts() {
+            gpu.set(rows, [0, 0]);
+            let (x, weight) = (noise(rows * hidden_size, 1), noise(hidden_size, 2));
+            let mut out = gpu.canaries(rows, hidden_size);
+            let (x_gpu, weight_gpu) = (gpu.with_junk(&x, hidden_size), gpu.upload(&weight));
+            gpu.device.rms_norm(&mut out, &x_gpu, &weight_gpu, gpu.rows(rows), hidden_size, eps).unwrap();
+            let expected: Vec<f64> = x.chunks(hidden_size).flat_map(|x| normalised(x, &weight, eps)).collect();
+            let op = format!("rms_norm [{rows}, {hidden_size}]");
+            worst = worst.max(check(&gpu.download(&out, rows * hidden_size, &op), &expected, &op));
+        }
+    }
+    println!("rms_norm: worst error {worst:.2} of the bound");
+}
+
+/// A copy, exact to the bit. The ids behind the live rows lead far out of the table: reading them would be an error.
+#[test]
+#[ignore = "needs a GPU"]
+fn embed() {
+    let mut gpu = Gpu::open();
+    for (vocab_size, hidden_size) in [(1, 8), (257, 384), (1000, 896), (333, 1048)] {
+        let embedding = noise(vocab_size * hidden_size, 10);
+        let embedding_gpu = gpu.upload(&embedding);
+        for rows in [1, 63, 130, 1894] {
+            gpu.set(rows, [0, 0]);
+            let mut choice = Noise::new(rows as u64);
+            let mut prompt: Vec<u32> = (0..rows).map(|_| choice.below(vocab_size) as u32).collect();
+            prompt[rows - 1] = vocab_size as u32 - 1;
+            let prompt_gpu = gpu.upload(&[&prompt[..], &[u32::MAX; JUNK_ROWS]].concat());
+            let mut out = gpu.canaries(rows, hidden_size);
+            gpu.device.embed(&mut out, &prompt_gpu, &embedding_gpu, gpu.rows(rows), hidden_size).unwrap();
+            let expected: Vec<f64> = prompt
+                .iter()
+                .flat_map(|&id| &embedding[id as usize * hidden_size..(id as usize + 1) * hidden_size])
+                .map(|x| x.to_f64())
+                .collect();
+            let op = format!("embed [{rows}, {hidden_size}]");
+            assert!(gpu.download(&out, rows * hidden_size, &op) == expected, "{op}");
+        }
+    }
+}
+
+/// Normalised values are of order one and rotated in fp32 before the one rounding, as `check` allows.
+#[test]
+#[ignore = "needs a GPU"]
+fn head_norm() {
+    let mut gpu = Gpu::open();
+    let eps = 1e-6f32;
+    let mut worst = 0.0f64;
+    // Of a row, the first heads are normalised as queries, the next as keys, and the rest is left alone.
+    for (q, k, other, head_dim) in [(4, 2, 2, 64), (5, 0, 0, 128), (0, 3, 0, 64), (1, 1, 1, 128), (14, 2, 2, 16)] {
+        let stride = (q + k + other) * head_dim;
+        for (rows, first_row, row_start) in [(1, 0, 0), (65, 0, 0), (130, 17, 0), (33, 0, 100), (7, 3, 1000)] {
+            gpu.set(rows, [first_row, row_start]);
+            let x = noise((first_row + rows) * stride, 11);
+            let norms = [noise(head_dim, 12), noise(head_dim, 13)];
+            let (table, table_gpu) = gpu.rope_table(first_row + row_start + rows + JUNK_ROWS, head_dim);
+            let mut out = gpu.with_canaries(&x, stride);
+            let norms_gpu = [gpu.upload(&norms[0]), gpu.upload(&norms[1])];
+            let rotation = Rotation { table: &table_gpu, head_dim, columns: 0 };
+            let shift = |which: usize, by: usize| (by > 0).then(|| gpu.shift(which));
+            let (first, start) = (shift(0, first_row), shift(1, row_start));
+            gpu.device
+                .head_norm(&mut out, &norms_gpu, rotation, (q, k), stride, gpu.rows(rows), first, start, eps)
+                .unwrap();
+
+            let op = format!("head_norm [{rows}, {q} and {k} heads of {head_dim}] from {first_row}, {row_start}");
+            let out = gpu.fetch(&out);
+            let live = (first_row + rows) * stride;
+            assert!(out[live..].iter().all(|value| *value == CANARY), "{op} wrote behind its rows");
+            assert!(out[..first_row * stride] == x[..first_row * stride], "{op} wrote before its rows");
+            for row in first_row..first_row + rows {
+                let (out, x) = (&out[row * stride..(row + 1) * stride], &x[row * stride..(row + 1) * stride]);
+                let columns = (q + k) * head_dim;
+                assert!(out[columns..] == x[columns..], "{op} wrote beside its heads");
+                for (head, x) in x[..columns].chunks(head_dim).enumerate() {
+                    let mut expected = normalised(x, &norms[(head >= q) as usize], eps);
+                    rotate(&mut expected, &table, row_start + row);
+                    let out: Vec<f64> =
+                        out[head * head_dim..(head + 1) * head_dim].iter().map(|x| x.to_f64()).collect();
+                    worst = worst.max(check(&out, &expected, &op));
+                }
+            }
+        }
+    }
+    println!("head_norm: worst error {worst:.2} of the bound");
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn wrong_shapes_are_errors() {
+    let gpu = Gpu::open();
+    let x = gpu.upload(&[bf16::ZERO; 64]);
+    let mut out = gpu.upload(&[bf16::ZERO; 64]);
+    let rows = |max| Rows { ints: &gpu.ints, index: 0, max };
+    for (max, hidden_size) in [(1, 12), (9, 8), (1, 0), (usize::MAX, 8)] {
+        let error = gpu.device.rms_norm(&mut out, &x, &x, rows(max), hidden_size, 1e-6).unwrap_err();
+        assert!(error.to_string().contains("rms_norm"), "{error}");
+    }
+    assert!(gpu.device.rms_norm(&mut out, &x, &x, rows(8), 8, 1e-6).is_ok());
+    let (linear, ..) = gpu.linear(16, 8, true);
+    let error = gpu.device.gemm_residual(&mut out, &x, &linear, rows(9)).unwrap_err();
+    assert!(error.to_string().contains("gemm_residual [9, 16, 8]"), "{error}");
+    let heads = Heads { q: 3, kv: 2, dim: 64, window: 0 };
+    assert!(gpu.device.attention(&mut out, &x, heads, rows(1)).is_err());
+    let error = gpu.device.upload_into("a copy", &[bf16::ZERO; 65], &mut out).unwrap_err();
+    assert!(error.to_string().contains("65"), "{error}");
+    assert!(CudaDevice::open(4096).is_err());
+}

@@ -1,0 +1,134 @@
+//! What must not change a result: the graph, what ran before, other threads, an error in between; and what a run costs.
+
+use std::ops::ControlFlow;
+use std::thread;
+
+use gleaner::cuda::{CudaReader, Statistics};
+use gleaner::plan::Plan;
+use gleaner::reader::{Gleaned, Reader, StepReport};
+use gleaner::{Answer, AskParams, Device, Document, Engine};
+
+use super::common::{DEMO, demo_dir, root};
+use super::{answer, cuda_reader, noise_plan, read, small_model};
+
+/// The result with all step reports.
+fn read_with_reports(reader: &CudaReader, plan: &Plan) -> (Gleaned, Vec<StepReport>) {
+    let mut reports = Vec::new();
+    let gleaned = reader.read(plan, &mut |report| {
+        reports.push(report.clone());
+        ControlFlow::Continue(())
+    });
+    (gleaned.unwrap(), reports)
+}
+
+/// Replays the steps, then launches them kernel by kernel, and checks that the two agree to the bit.
+fn check_replay(mut reader: CudaReader, plan: &Plan, name: &str) {
+    let replayed = (read_with_reports(&reader, plan), answer(&reader, &plan.tokens[..50], 8));
+    assert!(!replayed.0.0.kept.is_empty(), "{name}");
+    assert_eq!(replayed.0.1.len(), plan.chunks(), "{name}");
+    reader.set_graphs(false);
+    let launched = (read_with_reports(&reader, plan), answer(&reader, &plan.tokens[..50], 8));
+    assert!(replayed == launched, "{name}: {replayed:?} {launched:?}");
+}
+
+/// Small enough for racecheck: two steps of models with two layers, one of them with head norms.
+#[test]
+#[ignore = "needs a GPU"]
+fn a_small_document() {
+    for name in ["qwen2", "qwen3"] {
+        let plan = noise_plan(256, 20, 100);
+        assert_eq!(plan.chunks(), 2);
+        check_replay(cuda_reader(small_model(name)), &plan, name);
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn replayed_steps_equal_launched_ones() {
+    for name in ["llama", "mistral_sliding", "qwen3"] {
+        check_replay(cuda_reader(small_model(name)), &noise_plan(256, 95, 200), name);
+    }
+    for max_retained in [150, 4096] {
+        check_replay(cuda_reader(DEMO.clone()), &noise_plan(8000, 205, max_retained), "demo");
+    }
+}
+
+/// Between the first chunk and the last nothing travels: one copy comes back, and what goes up depends on the plan's
+/// tables alone, not on the number of steps.
+#[test]
+#[ignore = "needs a GPU"]
+fn one_readback_per_document() {
+    let mut reader = cuda_reader(DEMO.clone());
+    let opened = reader.statistics();
+    let weights = (DEMO.parameters() * 2) as u64;
+    assert!(opened.bytes_up >= weights, "{opened:?} for {weights} bytes of weights");
+    assert_eq!((opened.downloads, opened.graph_launches), (0, 0));
+
+    let (short, long) = (noise_plan(8000, 20, 150), noise_plan(8000, 205, 150));
+    let costs = |reader: &CudaReader, plan: &Plan| -> Statistics {
+        let before = reader.statistics();
+        read(reader, plan);
+        reader.statistics() - before
+    };
+    costs(&reader, &long);
+    let of_short = costs(&reader, &short);
+    for (plan, cost) in [(&short, of_short), (&long, costs(&reader, &long))] {
+        println!("{} chunks: {cost:?}", plan.chunks());
+        assert_eq!((cost.downloads, cost.synchronizations), (1, 1));
+        assert_eq!(cost.graph_launches, plan.chunks() as u64 - 1);
+        assert_eq!(cost.uploads, of_short.uploads);
+        // A step's figures, and 12 bytes for each of at most `topk` sentences.
+        let log = plan.chunks() * (16 + 12 * plan.topk as usize) + 64;
+        assert!(cost.bytes_down <= log as u64, "{cost:?}, {log} bytes of logs");
+    }
+    reader.set_graphs(false);
+    let cost = costs(&reader, &long);
+    assert_eq!((cost.downloads, cost.synchronizations, cost.graph_launches), (1, 1, 0));
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn what_ran_before_does_not_matter() {
+    let (a, b) = (noise_plan(8000, 95, 300), noise_plan(8000, 205, 150));
+    let fresh = cuda_reader(DEMO.clone());
+    let expected = (read_with_reports(&fresh, &a), answer(&fresh, &a.tokens[..200], 20));
+    let used = cuda_reader(DEMO.clone());
+    for _ in 0..2 {
+        read(&used, &b);
+        answer(&used, &b.tokens[..700], 30);
+        assert!(read_with_reports(&used, &a) == expected.0);
+        read(&used, &b);
+        assert_eq!(answer(&used, &a.tokens[..200], 20), expected.1);
+    }
+}
+
+const QUESTIONS: [&str; 2] = ["What is the name of the mayor of Pellinbridge?", "When was the railway opened?"];
+
+fn ask(engine: &Engine, document: &Document, question: &str) -> Answer {
+    engine.ask(document, question, &AskParams::default()).unwrap()
+}
+
+/// The same words from the same sentences with the same scores.
+fn assert_same(ours: &Answer, expected: &Answer) {
+    assert_eq!((&ours.answer, &ours.evidence), (&expected.answer, &expected.evidence));
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn threads_do_not_disturb_each_other() {
+    let document = Document::open(root().join("examples/almanac.txt")).unwrap();
+    let engines: Vec<Engine> = (0..2).map(|_| Engine::open(demo_dir(), Device::Cuda(0)).unwrap()).collect();
+    let expected = QUESTIONS.map(|question| ask(&engines[0], &document, question));
+    assert_ne!(expected[0].answer, expected[1].answer);
+
+    // Two engines at once; then one engine for both threads.
+    for shared in [false, true] {
+        thread::scope(|scope| {
+            for (index, question) in QUESTIONS.into_iter().enumerate() {
+                let engine = &engines[if shared { 0 } else { index }];
+                let (document, expected) = (&document, &expected[index]);
+                scope.spawn(move || (0..5).for_each(|_| assert_same(&ask(engine, document, question), expected)));
+            }
+        });
+    }
+}
