@@ -21,9 +21,10 @@ mod gpu {
     use std::cell::RefCell;
     use std::process::ExitCode;
 
-    use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
-    use cudarc::driver::{CudaGraph, CudaSlice, DeviceRepr, DriverError};
-    use gleaner::cuda::ops::{DeviceLinear, DevicePlan, Heads, Rotation, Rows, Shift, StepBuffers};
+    use cudarc::driver::{CudaSlice, DeviceRepr, DriverError};
+    use gleaner::cuda::ops::{
+        AttentionParts, DeviceLinear, DevicePlan, Heads, Norm, Rotation, Rows, Shift, StepBuffers,
+    };
     use gleaner::cuda::{self, CublasLt, CudaDevice};
     use gleaner::model::{Config, RopeTable, SHAPES};
     use gleaner::plan::Plan;
@@ -53,15 +54,6 @@ mod gpu {
 
     fn driver(error: DriverError) -> Error {
         Error::Cuda { op: "the benchmark".into(), message: error.to_string() }
-    }
-
-    fn record(device: &CudaDevice, launches: impl FnOnce() -> Result<()>) -> Result<CudaGraph> {
-        let stream = device.stream();
-        stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(driver)?;
-        let launched = launches();
-        let graph = stream.end_capture(CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH);
-        launched?;
-        Ok(graph.map_err(driver)?.expect("something was recorded"))
     }
 
     /// Repeatable noise in -0.25..0.25, so that sums of products over a row stay of order one.
@@ -138,8 +130,8 @@ mod gpu {
             let count = launches.len();
             let rounds = rounds.clamp(1, (MAX_LAUNCHES / count).max(1));
             let mut round = || launches.iter_mut().try_for_each(|launch| launch());
-            let graph = record(self.device, || (0..rounds).try_for_each(|_| round()))?;
-            let run = || self.device.time(|| graph.launch().map_err(driver));
+            let graph = self.device.record(|| (0..rounds).try_for_each(|_| round()))?;
+            let run = || self.device.time(|| self.device.launch("the benchmark", &graph));
             run()?;
             let mut runs = (0..RUNS).map(|_| run()).collect::<Result<Vec<f64>>>()?;
             runs.sort_by(f64::total_cmp);
@@ -282,9 +274,12 @@ mod gpu {
             self.measure(kernel, || {
                 let (q, k) = (self.random(q_len)?, self.random(k_len)?);
                 let (steps, tables) = (&steps, &tables);
-                Ok(Box::new(move || device.score_and_select(&mut steps.borrow_mut(), tables, &q, &k, heads)))
+                Ok(Box::new(move || {
+                    device.question_scores(&mut steps.borrow_mut(), &q, &k, heads)?;
+                    device.select(&mut steps.borrow_mut(), tables)
+                }))
             })?;
-            let log = steps.borrow().read_back(device, &plan)?;
+            let log = steps.borrow().read_back(device)?;
             let lengths = log.steps.iter().map(|step| step.0).filter(|&tokens| tokens > 0).skip(2);
             let (sum, count) = lengths.fold((0, 0), |(sum, count), tokens| (sum + tokens, count + 1));
             if sum != count * rows {
@@ -301,6 +296,8 @@ mod gpu {
             let qkv = heads.qkv_columns();
             let ints = self.upload(&[POSITION as i32])?;
             let position = Shift { ints: &ints, index: 0 };
+            let norm_weight = self.random(hidden)?;
+            let norm = Norm { weight: &norm_weight, eps: config.rms_norm_eps };
             let kernel = |name, n: usize, k: usize| Kernel {
                 name,
                 dims: [1, n, k],
@@ -312,7 +309,7 @@ mod gpu {
             self.measure(kernel("gemv_rope qkv", qkv, hidden), || {
                 let (mut out, a) = (device.zeros(cache)?, self.random(hidden)?);
                 let (linear, rotation) = (self.linear(qkv, hidden, config.qkv_bias)?, self.rotation());
-                Ok(Box::new(move || device.gemv_rope(&mut out, &a, &linear, rotation, position)))
+                Ok(Box::new(move || device.gemv_rope(&mut out, &a, norm, &linear, rotation, position)))
             })?;
             let attention = Kernel {
                 name: "decode_attention",
@@ -323,7 +320,8 @@ mod gpu {
             };
             self.measure(attention, || {
                 let (mut out, qkv) = (device.zeros(q_dim)?, self.random(cache)?);
-                Ok(Box::new(move || device.decode_attention(&mut out, &qkv, heads, position)))
+                let mut parts = AttentionParts::new(device, heads)?;
+                Ok(Box::new(move || device.decode_attention(&mut out, &mut parts, &qkv, heads, position)))
             })?;
             for (name, k) in [("gemv_residual o", q_dim), ("gemv_residual down", intermediate)] {
                 self.measure(kernel(name, hidden, k), || {
@@ -334,11 +332,11 @@ mod gpu {
             self.measure(kernel("gemv_swiglu", 2 * intermediate, hidden), || {
                 let (mut out, a) = (device.zeros(intermediate)?, self.random(hidden)?);
                 let linear = self.linear(2 * intermediate, hidden, false)?;
-                Ok(Box::new(move || device.gemv_swiglu(&mut out, &a, &linear)))
+                Ok(Box::new(move || device.gemv_swiglu(&mut out, &a, norm, &linear)))
             })?;
             self.measure(kernel("gemv_logits", vocab, hidden), || {
                 let (mut out, a, weight) = (device.zeros(vocab)?, self.random(hidden)?, self.random(vocab * hidden)?);
-                Ok(Box::new(move || device.gemv_logits(&mut out, &a, &weight, vocab, hidden)))
+                Ok(Box::new(move || device.gemv_logits(&mut out, &a, norm, &weight, vocab)))
             })
         }
     }

@@ -6,6 +6,45 @@
 
 using bf16 = __nv_bfloat16;
 
+// Overlap of a kernel with the one before it (programmatic dependent launch), where the GPU has it. A kernel that was
+// launched so may start early, and must wait before it reads or writes anything that another kernel touches; what never
+// changes, as weights, it may read before.
+__device__ inline void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel start, if it was launched to overlap.
+__device__ inline void start_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Launches a kernel that may start before the one before it has ended.
+template <class... Parameters, class... Arguments>
+int32_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, void *stream,
+                           Arguments... arguments) {
+    int device, major;
+    cudaError_t status = cudaGetDevice(&device);
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (status == cudaSuccess && shared_bytes > 48 * 1024)
+        status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (status != cudaSuccess) return status;
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = threads;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &overlap;
+    config.numAttrs = major >= 9 ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
 // Two bf16 as one register. The lower address is the lower half.
 __device__ inline uint32_t pack(float low, float high) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);

@@ -47,21 +47,24 @@ int32_t gleaner_gemm_sm90_rope(void *out, const void *a, const void *weight, con
                                const int32_t *rows, const int32_t *row_start, int32_t max_rows, int32_t a_rows,
                                int32_t n, int32_t k, int32_t head_dim, int32_t rope_columns, void *stream);
 
-// The same for one row, a [k]: out fp32 [n].
-int32_t gleaner_gemv_logits(float *out, const void *a, const void *weight, int32_t n, int32_t k, void *stream);
+// The same for one row. a [k] is normalised first, as by gleaner_rms_norm, where a norm [k] is given.
+
+// out fp32 [n]
+int32_t gleaner_gemv_logits(float *out, const void *a, const void *norm, const void *weight, float eps, int32_t n,
+                            int32_t k, void *stream);
 
 // x [n] += a weight^T + bias
 int32_t gleaner_gemv_residual(void *x, const void *a, const void *weight, const void *bias, int32_t n, int32_t k,
                               void *stream);
 
 // out [n / 2], as gleaner_gemm_swiglu
-int32_t gleaner_gemv_swiglu(void *out, const void *a, const void *weight, const void *bias, int32_t n, int32_t k,
-                            void *stream);
+int32_t gleaner_gemv_swiglu(void *out, const void *a, const void *norm, const void *weight, const void *bias, float eps,
+                            int32_t n, int32_t k, void *stream);
 
 // Row *out_row of out [*, n], as gleaner_gemm_rope; *out_row is its position.
-int32_t gleaner_gemv_rope(void *out, const void *a, const void *weight, const void *bias, const void *table,
-                          const int32_t *out_row, int32_t n, int32_t k, int32_t head_dim, int32_t rope_columns,
-                          void *stream);
+int32_t gleaner_gemv_rope(void *out, const void *a, const void *norm, const void *weight, const void *bias,
+                          const void *table, const int32_t *out_row, float eps, int32_t n, int32_t k, int32_t head_dim,
+                          int32_t rope_columns, void *stream);
 
 // Qwen3, in place: the first `heads` heads of rows first_row.. of x [*, stride] are normalised, the first q_heads of
 // them with q_norm [head_dim], the others with k_norm, and rotated by their position, row_start + row of x. Dimensions
@@ -70,9 +73,11 @@ int32_t gleaner_head_norm(void *x, const void *q_norm, const void *k_norm, const
                           const int32_t *row_start, const int32_t *first_row, int32_t max_rows, int32_t stride,
                           int32_t q_heads, int32_t heads, int32_t head_dim, float eps, void *stream);
 
-// out [num_heads * head_dim]: the row at *position of qkv over the rows up to it, as gleaner_attention.
-int32_t gleaner_decode_attention(void *out, const void *qkv, const int32_t *position, int32_t num_heads,
-                                 int32_t num_kv_heads, int32_t head_dim, int32_t window, void *stream);
+// out [num_heads * head_dim]: the row at *position of qkv over the rows up to it, as gleaner_attention. The keys are cut
+// into `splits` parts; parts: fp32 [num_heads, splits, head_dim + 2]; done: int [num_kv_heads], zero before and after.
+int32_t gleaner_decode_attention(void *out, float *parts, int32_t *done, const void *qkv, const int32_t *position,
+                                 int32_t splits, int32_t num_heads, int32_t num_kv_heads, int32_t head_dim,
+                                 int32_t window, void *stream);
 
 // out [rows, num_heads * head_dim] = softmax(q k^T / sqrt(head_dim)) v, causal; qkv [rows, (num_heads + 2 *
 // num_kv_heads) * head_dim], bf16. head_dim 64 or 128. window: keys a row may attend to, itself included; 0 for all.
@@ -158,6 +163,25 @@ int32_t gleaner_question_scores(double *scores, float *head_sums, float *row_wei
 
 // From `scores` to `kept`, the log and the next step's prompt.
 int32_t gleaner_select(const GleanerLoop *loop, const GleanerPlan *plan, void *stream);
+
+// How the next token is chosen.
+typedef struct {
+    float temperature, top_p;
+    uint64_t seed;
+} GleanerSampling;
+
+// Where an answer stands.
+typedef struct {
+    int32_t position;  // of its last token, or of the prompt's last before the first
+    int32_t tokens;    // of the answer
+} GleanerAnswer;
+
+#define GLEANER_NO_TOKEN 0xffffffffu  // a logit was not a number
+
+// The next token from logits fp32 [vocab_size]: written to *token and to slot `tokens % slots` of `sent`, which may be host
+// memory; then the answer's position and number of tokens grow by one.
+int32_t gleaner_sample(uint32_t *token, GleanerAnswer *answer, uint32_t *sent, const float *logits,
+                       const GleanerSampling *sampling, int32_t slots, int32_t vocab_size, void *stream);
 
 // x [rows, hidden_size] = embedding[prompt], bf16
 int32_t gleaner_embed(void *x, const uint32_t *prompt, const void *embedding, const int32_t *rows, int32_t max_rows,

@@ -3,9 +3,11 @@
 use crate::reader::Sampling;
 
 /// The token that `sampling` takes from `logits` as the `index`th of an answer: the likeliest (of equals the one of
-/// smaller id) at temperature 0, else a draw. `None` if a logit is not a number.
+/// smaller id) at temperature 0, else a draw. `None` if a logit is not a number or infinitely large.
+///
+/// `kernels/sample.cu` does the same on a GPU.
 pub fn sample(logits: &[f32], sampling: &Sampling, index: usize) -> Option<u32> {
-    if logits.iter().any(|logit| logit.is_nan()) {
+    if logits.iter().any(|logit| logit.is_nan() || *logit == f32::INFINITY) {
         return None;
     }
     let likelier = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
@@ -61,6 +63,7 @@ mod tests {
     fn greedy_takes_the_first_of_equals() {
         assert_eq!(sample(&[0.0, 2.0, 2.0], &with(0.0, 1.0, 0), 0), Some(1));
         assert_eq!(sample(&[0.0, f32::NAN], &with(0.0, 1.0, 0), 0), None);
+        assert_eq!(sample(&[0.0, f32::INFINITY], &with(0.0, 1.0, 0), 0), None);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use cudarc::driver::sys::CUdevice_attribute::{
 };
 use cudarc::driver::sys::CUevent_flags::CU_EVENT_DEFAULT;
 use cudarc::driver::{
-    CudaContext, CudaGraph, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, DriverError, ValidAsZeroBits,
+    CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, DriverError, ValidAsZeroBits,
 };
 
 use super::statistics::{Counters, Statistics};
@@ -113,6 +113,23 @@ impl CudaDevice {
         self.stream.synchronize().map_err(|error| driver_error("waiting for the GPU", error))
     }
 
+    /// An event behind everything on its stream.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`].
+    pub fn record_event(&self) -> Result<CudaEvent> {
+        self.stream.record_event(None).map_err(|error| driver_error("recording an event", error))
+    }
+
+    /// Waits for what lies before `event`.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`], a kernel's failure among them.
+    pub fn wait(&self, event: &CudaEvent) -> Result<()> {
+        self.counters.synchronization();
+        event.synchronize().map_err(|error| driver_error("waiting for the GPU", error))
+    }
+
     /// Milliseconds from the start to the end of what `launches` puts on its stream. Waits for it.
     ///
     /// # Errors
@@ -159,15 +176,6 @@ impl CudaDevice {
         let values = self.stream.clone_dtoh(from).map_err(|error| driver_error(what, error))?;
         self.synchronize()?;
         Ok(values)
-    }
-
-    /// Launches a recorded run of kernels.
-    ///
-    /// # Errors
-    /// [`Error::Cuda`].
-    pub fn launch(&self, what: &str, graph: &CudaGraph) -> Result<()> {
-        self.counters.graph_launch();
-        graph.launch().map_err(|error| driver_error(what, error))
     }
 
     /// What has travelled since the device was opened.

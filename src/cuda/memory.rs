@@ -17,6 +17,9 @@ pub const STATE_WORDS: usize = 12;
 pub const STEP_WORDS: usize = 4;
 pub const SELECTED_WORDS: usize = 3;
 
+/// Parts that the keys are cut into where one new row attends to them.
+pub const ATTENTION_SPLITS: usize = 16;
+
 /// Keys that share a pair of softmax statistics.
 const STATS_KEYS: usize = 128;
 
@@ -171,10 +174,7 @@ impl ReadSizes {
 
     /// The larger of the two for each buffer.
     pub fn union(&self, other: &ReadSizes) -> ReadSizes {
-        let mut larger = *self;
-        let buffers: &mut [usize] = bytemuck::cast_slice_mut(std::slice::from_mut(&mut larger));
-        buffers.iter_mut().zip(lens(other)).for_each(|(len, other)| *len = (*len).max(*other));
-        larger
+        larger(self, other)
     }
 
     /// What a caller can lower to need less.
@@ -197,19 +197,67 @@ pub fn cover<T: Pod>(have: &T, needed: &T) -> bool {
     lens(have).iter().zip(lens(needed)).all(|(have, needed)| have >= needed)
 }
 
+/// The larger of the two for each length.
+fn larger<T: Pod>(sizes: &T, other: &T) -> T {
+    let mut larger = *sizes;
+    let buffers: &mut [usize] = bytemuck::cast_slice_mut(std::slice::from_mut(&mut larger));
+    buffers.iter_mut().zip(lens(other)).for_each(|(len, other)| *len = (*len).max(*other));
+    larger
+}
+
 /// A struct of lengths as a list of them.
 fn lens<T: Pod>(sizes: &T) -> &[usize] {
     bytemuck::cast_slice(std::slice::from_ref(sizes))
 }
 
-/// Bytes that answering takes: the activations of the prompt and of one new row, the queries, keys and values of all
-/// positions in every layer, the logits, the prompt's tokens, and the new token with three counters.
-pub fn answer_bytes(config: &Config, prompt_tokens: usize, max_new_tokens: usize) -> u64 {
-    let positions = prompt_tokens + max_new_tokens;
-    let activations = |rows| ActivationSizes::new(config, rows, positions).bytes();
-    let cache = config.num_hidden_layers * positions * (config.q_dim() + 2 * config.kv_dim());
-    let words = vocab_rows(config) + prompt_tokens + 1 + 3;
-    (activations(prompt_tokens) + activations(1) + HALF * cache + WORD * words) as u64
+/// Elements of every buffer that an answer takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct AnswerSizes {
+    /// Of the prompt.
+    pub prompt: ActivationSizes,
+    /// Of one new row.
+    pub one: ActivationSizes,
+    /// Queries, keys and values of all positions, in each layer.
+    pub cache: usize,
+    pub logits: usize,
+    pub prompt_tokens: usize,
+    /// What decoding needs besides, 32 bits each: the parts of attention and whether they are done, the number of rows of
+    /// the prompt and of a new row, the answer's state, its last token and how it is sampled.
+    pub parts: usize,
+    pub done: usize,
+    pub state: usize,
+}
+
+/// Integers of an answer's state and counters, see [`AnswerSizes::state`].
+const ANSWER_WORDS: usize = 2 + 2 + 1 + 4;
+
+impl AnswerSizes {
+    pub fn new(config: &Config, prompt_tokens: usize, max_new_tokens: usize) -> AnswerSizes {
+        let positions = prompt_tokens + max_new_tokens;
+        let (q, kv, dim) = (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
+        AnswerSizes {
+            prompt: ActivationSizes::new(config, prompt_tokens, positions),
+            one: ActivationSizes::new(config, 1, positions),
+            cache: positions * (config.q_dim() + 2 * config.kv_dim()),
+            logits: vocab_rows(config),
+            prompt_tokens,
+            parts: q * ATTENTION_SPLITS * (dim + 2),
+            done: kv,
+            state: ANSWER_WORDS,
+        }
+    }
+
+    /// The bytes of it all, for so many layers.
+    pub fn bytes(&self, layers: usize) -> u64 {
+        let words = self.logits + self.prompt_tokens + self.parts + self.done + self.state;
+        (self.prompt.bytes() + self.one.bytes() + HALF * layers * self.cache + WORD * words) as u64
+    }
+
+    /// The larger of the two for each buffer.
+    pub fn union(&self, other: &AnswerSizes) -> AnswerSizes {
+        larger(self, other)
+    }
 }
 
 #[cfg(test)]
@@ -291,7 +339,7 @@ mod tests {
         let shape = PlanShape::estimate(&params, 1_000_000, 64);
         assert!((980..1100).contains(&shape.chunks), "{}", shape.chunks);
         let sizes = ReadSizes::new(&config, &shape);
-        let answer = answer_bytes(&config, params.max_retained() + 64, 128);
+        let answer = AnswerSizes::new(&config, params.max_retained() + 64, 128).bytes(24);
         let total = sizes.bytes() + answer;
         assert!(total < 1_000_000_000, "{total}: {:?} and {answer}", sizes.parts());
         // 12 bytes for each of 300 entries a step.
@@ -328,7 +376,12 @@ mod tests {
         let cache = 24 * 1100 * 18 * 64 * 2;
         let row = 2 * 896 * 2 + 896 * 2 + 4864 * 2;
         let tables = 2 * 1100 * 32 * 8;
-        let words = (151936 + 1000 + 4) * 4;
-        assert_eq!(answer_bytes(&qwen(), 1000, 100), cache + 1001 * row + tables + words);
+        // Of each query head and of each of 16 parts a sum of values, a maximum and a total.
+        let parts = 14 * 16 * 66 * 4;
+        let logits_and_tokens = (151936 + 1000) * 4;
+        // Done parts of two key heads; two counts, two integers of state, a token, two 64-bit words of sampling.
+        let integers = (2 + 2 + 2 + 1 + 4) * 4;
+        let expected = cache + 1001 * row + tables + parts + logits_and_tokens + integers;
+        assert_eq!(AnswerSizes::new(&qwen(), 1000, 100).bytes(24), expected);
     }
 }

@@ -1,12 +1,16 @@
 //! The CUDA side. Compiled on every machine; the kernels are in only where build.rs found a toolkit.
 
 #[cfg(gleaner_cuda)]
+mod answer;
+#[cfg(gleaner_cuda)]
 mod ceiling;
 #[cfg(gleaner_cuda)]
 mod device;
 #[cfg(gleaner_cuda)]
 #[allow(unsafe_code)]
 mod ffi;
+#[cfg(gleaner_cuda)]
+mod forward;
 // These two need no GPU, so that their tests run everywhere.
 #[cfg(any(gleaner_cuda, test))]
 mod layout;
@@ -18,6 +22,8 @@ mod model;
 pub mod ops;
 #[cfg(gleaner_cuda)]
 mod reader;
+#[cfg(gleaner_cuda)]
+mod record;
 #[cfg(gleaner_cuda)]
 mod staging;
 #[cfg(gleaner_cuda)]
@@ -33,6 +39,8 @@ pub use ceiling::CublasLt;
 pub use device::CudaDevice;
 #[cfg(gleaner_cuda)]
 pub use reader::CudaReader;
+#[cfg(gleaner_cuda)]
+pub use record::Recorded;
 #[cfg(gleaner_cuda)]
 pub use statistics::Statistics;
 

@@ -16,7 +16,7 @@ pub struct Statistics {
     pub downloads: u64,
     /// Their bytes.
     pub bytes_down: u64,
-    /// Times the host waited for everything it had asked of the GPU.
+    /// Times the host waited for the GPU.
     pub synchronizations: u64,
     /// Launches of recorded runs of kernels.
     pub graph_launches: u64,

@@ -1,6 +1,6 @@
 //! Attention over a prompt, and of one new row over a cache.
 
-use gleaner::cuda::ops::Heads;
+use gleaner::cuda::ops::{AttentionParts, Heads};
 use rayon::prelude::*;
 
 use super::{BF16_ROUNDING, Gpu, READING_LENGTHS, check, check_within, scaled_noise, to_f32};
@@ -56,7 +56,8 @@ fn check_attention(gpu: &mut Gpu, heads: Heads, rows: usize) -> f64 {
 
     gpu.set(1, [rows - 1, 0]);
     let mut out = gpu.canaries(1, q * dim);
-    gpu.device.decode_attention(&mut out, &qkv_gpu, heads, gpu.shift(0)).unwrap();
+    let mut parts = AttentionParts::new(&gpu.device, heads).unwrap();
+    gpu.device.decode_attention(&mut out, &mut parts, &qkv_gpu, heads, gpu.shift(0)).unwrap();
     let last = (rows - 1) * q * dim;
     let op = format!("decode_{op}");
     worst.max(check(&gpu.download(&out, q * dim, &op), &expected[last..], &op))

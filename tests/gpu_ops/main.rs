@@ -4,6 +4,7 @@
 mod attention;
 mod linear;
 mod rows;
+mod sampling;
 mod scoring;
 mod selection;
 
@@ -174,11 +175,15 @@ fn check(out: &[f64], expected: &[f64], op: &str) -> f64 {
     check_product(out, expected, 0, op)
 }
 
-/// The same behind a product of `k` terms. Tensor cores add 16 of them at a time to a sum of order one and may cut it off
-/// rather than round it, which loses up to 2^-23.
+/// The same behind a product of `k` terms.
 fn check_product(out: &[f64], expected: &[f64], k: usize, op: &str) -> f64 {
-    let accumulation = 1e-5f64.max(k as f64 / 16.0 * 2.0 * FP32_ROUNDING);
-    check_within(out, expected, |i| expected[i].abs() * BF16_ROUNDING * 1.01 + accumulation, op)
+    check_within(out, expected, |i| expected[i].abs() * BF16_ROUNDING * 1.01 + accumulation(k), op)
+}
+
+/// How far off a sum of `k` products may be. Tensor cores add 16 of them at a time to a sum of order one and may cut it off
+/// rather than round it, which loses up to 2^-23.
+fn accumulation(k: usize) -> f64 {
+    1e-5f64.max(k as f64 / 16.0 * 2.0 * FP32_ROUNDING)
 }
 
 /// Returns the largest error as a share of what is allowed, which is at most 1.

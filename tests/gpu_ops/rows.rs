@@ -12,7 +12,7 @@ fn row_counts() -> impl Iterator<Item = usize> {
 }
 
 /// `x / sqrt(mean(x^2) + eps) * weight`
-fn normalised(x: &[bf16], weight: &[bf16], eps: f32) -> Vec<f64> {
+pub fn normalised(x: &[bf16], weight: &[bf16], eps: f32) -> Vec<f64> {
     let square: f64 = x.iter().map(|x| x.to_f64() * x.to_f64()).sum();
     let scale = (square / x.len() as f64 + eps as f64).sqrt().recip();
     x.iter().zip(weight).map(|(x, w)| x.to_f64() * scale * w.to_f64()).collect()

@@ -1,9 +1,75 @@
 //! One new row: matrix-vector products, attention over a cache, and the head norms of Qwen3.
 
+use cudarc::driver::PinnedHostSlice;
+
 use super::*;
+use crate::cuda::device::{Allocator, driver_error};
+use crate::cuda::memory::ATTENTION_SPLITS;
+use crate::reader::Sampling;
+
+/// An RMSNorm: `[hidden_size]` and what is added to the mean square.
+#[derive(Clone, Copy)]
+pub struct Norm<'a> {
+    /// `[hidden_size]`
+    pub weight: &'a CudaSlice<bf16>,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+fn check_norm(op: &dyn Fn() -> String, norm: Norm, k: usize) -> Result<()> {
+    require(norm.weight.len() == k && k <= 1 << 16, op, "the norm must be as wide as the row, at most 65536")
+}
+
+/// What the parts of a row's attention leave for their joining.
+pub struct AttentionParts {
+    parts: CudaSlice<f32>,
+    done: CudaSlice<i32>,
+}
+
+impl AttentionParts {
+    /// Elements of its two buffers.
+    pub(in crate::cuda) fn lens(q: usize, kv: usize, dim: usize) -> [usize; 2] {
+        [q * ATTENTION_SPLITS * (dim + 2), kv]
+    }
+
+    /// For layers of so many heads.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`], out of memory among them.
+    pub fn new(device: &CudaDevice, heads: Heads) -> Result<AttentionParts> {
+        AttentionParts::allocate(&mut Allocator::new(device), heads)
+    }
+
+    pub(in crate::cuda) fn allocate(allocator: &mut Allocator, heads: Heads) -> Result<AttentionParts> {
+        let [parts, done] = AttentionParts::lens(heads.q, heads.kv, heads.dim);
+        Ok(AttentionParts { parts: allocator.zeros(parts)?, done: allocator.zeros(done)? })
+    }
+}
+
+/// Written by the device where a logit is not a number or infinite.
+pub const NO_TOKEN: u32 = ffi::GLEANER_NO_TOKEN;
+
+/// Integers of an answer's state, and which of them is the position of its last token.
+pub mod answer {
+    use super::ffi::GleanerAnswer;
+    use std::mem::offset_of;
+
+    /// Position of the last token.
+    pub const POSITION: usize = offset_of!(GleanerAnswer, position) / 4;
+    /// Number of tokens.
+    pub const TOKENS: usize = offset_of!(GleanerAnswer, tokens) / 4;
+    /// Number of integers.
+    pub const LEN: usize = size_of::<GleanerAnswer>() / 4;
+}
+
+/// A `GleanerSampling` as the words that are copied to the device.
+pub fn sampling_words(sampling: &Sampling) -> [u64; 2] {
+    const _: () = assert!(size_of::<ffi::GleanerSampling>() == 16);
+    [bytemuck::cast([sampling.temperature, sampling.top_p]), sampling.seed]
+}
 
 impl CudaDevice {
-    /// `out = a weight^T`, fp32 `[n]`, for a row `a` `[k]`.
+    /// `out = norm(a) weight^T`, fp32 `[n]`, for a row `a` `[k]`.
     ///
     /// # Errors
     /// As [`CudaDevice::rms_norm`].
@@ -11,21 +77,25 @@ impl CudaDevice {
         &self,
         out: &mut CudaSlice<f32>,
         a: &CudaSlice<bf16>,
+        norm: Norm,
         weight: &CudaSlice<bf16>,
         n: usize,
-        k: usize,
     ) -> Result<()> {
+        let k = norm.weight.len();
         let op = || format!("gemv_logits [{n}, {k}]");
-        let valid = n.is_multiple_of(16) && k.is_multiple_of(8) && n < 1 << 24 && k < 1 << 24;
-        require(valid, op, "n must be a multiple of 16 and k of 8, both below 2^24")?;
+        let valid = n > 0 && n.is_multiple_of(16) && k.is_multiple_of(8) && n < 1 << 24;
+        require(valid, op, "n must be a multiple of 16 below 2^24, k of 8")?;
         require(out.len() >= n && a.len() >= k && weight.len() >= n * k, op, "a buffer is smaller than its shape")?;
+        check_norm(&op, norm, k)?;
         // SAFETY: as in `rms_norm`.
         check(
             unsafe {
                 ffi::gleaner_gemv_logits(
                     self.address_mut(out) as *mut f32,
                     self.address(a),
+                    self.address(norm.weight),
                     self.address(weight),
+                    norm.eps,
                     n as c_int,
                     k as c_int,
                     self.raw_stream(),
@@ -59,21 +129,30 @@ impl CudaDevice {
         )
     }
 
-    /// [`CudaDevice::gemm_swiglu`] for one row.
+    /// [`CudaDevice::gemm_swiglu`] for one row, which is normalised first.
     ///
     /// # Errors
     /// As [`CudaDevice::rms_norm`].
-    pub fn gemv_swiglu(&self, out: &mut CudaSlice<bf16>, a: &CudaSlice<bf16>, linear: &DeviceLinear) -> Result<()> {
+    pub fn gemv_swiglu(
+        &self,
+        out: &mut CudaSlice<bf16>,
+        a: &CudaSlice<bf16>,
+        norm: Norm,
+        linear: &DeviceLinear,
+    ) -> Result<()> {
         let op = || format!("gemv_swiglu [{}, {}]", linear.n, linear.k);
         self.check_linear(&op, out.len() * 2, a.len(), linear, 1)?;
+        check_norm(&op, norm, linear.k)?;
         // SAFETY: as in `rms_norm`, with the shapes that `check_linear` checked.
         check(
             unsafe {
                 ffi::gleaner_gemv_swiglu(
                     self.address_mut(out),
                     self.address(a),
+                    self.address(norm.weight),
                     self.address(&linear.weight),
                     self.bias(linear),
+                    norm.eps,
                     linear.n as c_int,
                     linear.k as c_int,
                     self.raw_stream(),
@@ -83,7 +162,7 @@ impl CudaDevice {
         )
     }
 
-    /// [`CudaDevice::gemm_rope`] for one row `a`, written to row `position` of `out`; `position` is a device integer
+    /// [`CudaDevice::gemm_rope`] for one row `a`, which is normalised first, written to row `position` of `out`; `position` is a device integer
     /// below the rows of `out` and of the table.
     ///
     /// # Errors
@@ -92,6 +171,7 @@ impl CudaDevice {
         &self,
         out: &mut CudaSlice<bf16>,
         a: &CudaSlice<bf16>,
+        norm: Norm,
         linear: &DeviceLinear,
         rotation: Rotation,
         position: Shift,
@@ -99,6 +179,7 @@ impl CudaDevice {
         let op = || format!("gemv_rope [{}, {}]", linear.n, linear.k);
         self.check_linear(&op, out.len(), a.len(), linear, 1)?;
         check_rotation(&op, rotation, linear.n, out.len() / linear.n)?;
+        check_norm(&op, norm, linear.k)?;
         let position = self.shift(Some(position))?;
         // SAFETY: as in `rms_norm`; the caller keeps the position below the rows of `out`, of which the table has as
         // many positions (checked above).
@@ -107,10 +188,12 @@ impl CudaDevice {
                 ffi::gleaner_gemv_rope(
                     self.address_mut(out),
                     self.address(a),
+                    self.address(norm.weight),
                     self.address(&linear.weight),
                     self.bias(linear),
                     self.address(rotation.table),
                     position,
+                    norm.eps,
                     linear.n as c_int,
                     linear.k as c_int,
                     rotation.head_dim as c_int,
@@ -129,6 +212,7 @@ impl CudaDevice {
     pub fn decode_attention(
         &self,
         out: &mut CudaSlice<bf16>,
+        parts: &mut AttentionParts,
         qkv: &CudaSlice<bf16>,
         heads: Heads,
         position: Shift,
@@ -136,18 +220,64 @@ impl CudaDevice {
         let op = || format!("decode_attention [{} of {} heads of {}]", heads.q, heads.kv, heads.dim);
         check_heads(&op, heads)?;
         require(out.len() >= heads.q * heads.dim, op, "the output is smaller than a row")?;
+        let lens = AttentionParts::lens(heads.q, heads.kv, heads.dim);
+        require(parts.parts.len() >= lens[0] && parts.done.len() >= lens[1], op, "the parts are for fewer heads")?;
         let position = self.shift(Some(position))?;
         // SAFETY: as in `rms_norm`; the caller keeps the position below the rows of `qkv`.
         check(
             unsafe {
                 ffi::gleaner_decode_attention(
                     self.address_mut(out),
+                    self.address_mut(&mut parts.parts) as *mut f32,
+                    self.address_mut(&mut parts.done) as *mut i32,
                     self.address(qkv),
                     position,
+                    ATTENTION_SPLITS as c_int,
                     heads.q as c_int,
                     heads.kv as c_int,
                     heads.dim as c_int,
                     heads.window as c_int,
+                    self.raw_stream(),
+                )
+            },
+            op,
+        )
+    }
+
+    /// The next token of an answer, from `logits` `[vocab_size]`: into `token` and, for the host, into slot
+    /// `tokens % sent.len()` of `sent`. The answer grows by it.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`].
+    pub fn sample(
+        &self,
+        token: &mut CudaSlice<u32>,
+        answer: &mut CudaSlice<i32>,
+        sent: &PinnedHostSlice<u32>,
+        logits: &CudaSlice<f32>,
+        sampling: &CudaSlice<u64>,
+        vocab_size: usize,
+    ) -> Result<()> {
+        let op = || format!("sample [{vocab_size}]");
+        require(vocab_size > 0 && vocab_size < 1 << 24, op, "a vocabulary has from 1 to 2^24 - 1 tokens")?;
+        let fits = !token.is_empty()
+            && answer.len() >= size_of::<ffi::GleanerAnswer>() / 4
+            && sampling.len() >= size_of::<ffi::GleanerSampling>() / 8
+            && logits.len() >= vocab_size;
+        require(fits && !sent.is_empty(), op, "a buffer is too small")?;
+        let slots = sent.as_ptr().map_err(|error| driver_error(&op(), error))?.cast_mut();
+        // SAFETY: the buffers hold what the kernel touches (checked above). Pinned memory has the same address on the
+        // device; the host reads a slot only behind an event that follows its writing.
+        check(
+            unsafe {
+                ffi::gleaner_sample(
+                    self.address_mut(token) as *mut u32,
+                    self.address_mut(answer) as *mut ffi::GleanerAnswer,
+                    slots,
+                    self.address(logits) as *const f32,
+                    self.address(sampling) as *const ffi::GleanerSampling,
+                    sent.len() as c_int,
+                    vocab_size as c_int,
                     self.raw_stream(),
                 )
             },

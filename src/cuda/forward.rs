@@ -1,0 +1,122 @@
+//! The model's passes: a reading step over all rows, and a token of an answer.
+
+use cudarc::driver::CudaSlice;
+use half::bf16;
+
+use super::CudaDevice;
+use super::answer::Answering;
+use super::model::{DeviceLayer, DeviceModel};
+use super::ops::{Heads, Norm, Rotation, Rows, Shift, answer};
+use super::workspace::{Activations, Workspace};
+use crate::Result;
+use crate::model::Config;
+
+/// What every pass needs.
+#[derive(Clone, Copy)]
+pub struct Forward<'a> {
+    pub device: &'a CudaDevice,
+    pub weights: &'a DeviceModel,
+    pub config: &'a Config,
+}
+
+impl Forward<'_> {
+    /// Queries, keys and values of all rows of `a.x`, into `qkv`.
+    fn project(&self, layer: &DeviceLayer, a: &mut Activations, qkv: &mut CudaSlice<bf16>, rows: Rows) -> Result<()> {
+        let Forward { device, config, .. } = *self;
+        let Heads { q, kv, dim, .. } = layer.heads;
+        device.rms_norm(&mut a.normed, &a.x, &layer.input_layernorm, rows, config.hidden_size, config.rms_norm_eps)?;
+        let columns = if layer.head_norms.is_some() { 0 } else { (q + kv) * dim };
+        let rotation = Rotation { table: &a.rope, head_dim: dim, columns };
+        device.gemm_rope(qkv, &a.normed, &layer.qkv, rotation, rows, None)?;
+        match &layer.head_norms {
+            Some(norms) => device.head_norm(
+                qkv,
+                norms,
+                rotation,
+                (q, kv),
+                layer.heads.qkv_columns(),
+                rows,
+                None,
+                None,
+                config.rms_norm_eps,
+            ),
+            None => Ok(()),
+        }
+    }
+
+    /// One whole layer over the rows of `a.x`.
+    pub fn layer(&self, layer: &DeviceLayer, a: &mut Activations, qkv: &mut CudaSlice<bf16>, rows: Rows) -> Result<()> {
+        let Forward { device, config, .. } = *self;
+        self.project(layer, a, qkv, rows)?;
+        device.attention(&mut a.attended, qkv, layer.heads, rows)?;
+        device.gemm_residual(&mut a.x, &a.attended, &layer.o_proj, rows)?;
+        let norm = &layer.post_attention_layernorm;
+        device.rms_norm(&mut a.normed, &a.x, norm, rows, config.hidden_size, config.rms_norm_eps)?;
+        device.gemm_swiglu(&mut a.h, &a.normed, &layer.gate_up, rows)?;
+        device.gemm_residual(&mut a.x, &a.h, &layer.down_proj, rows)
+    }
+
+    /// One reading step: the prompt that lies ready, up to the next one.
+    pub fn step(&self, workspace: &mut Workspace) -> Result<()> {
+        let Forward { device, weights, config } = *self;
+        let Workspace { activations: a, qkv, q, k, steps, plan, .. } = workspace;
+        device.embed(&mut a.x, steps.prompt(), &weights.embed_tokens, steps.rows(), config.hidden_size)?;
+        let (last, layers) = weights.layers.split_last().expect("a checked configuration has layers");
+        for layer in layers {
+            self.layer(layer, a, qkv, steps.rows())?;
+        }
+        let norm = &last.input_layernorm;
+        device.rms_norm(&mut a.normed, &a.x, norm, steps.rows(), config.hidden_size, config.rms_norm_eps)?;
+        let (question, first) = (steps.question_rows(), Some(steps.question_start()));
+        let Heads { q: q_heads, kv, dim, .. } = last.heads;
+        let rotation = |columns| Rotation {
+            table: &a.rope,
+            head_dim: dim,
+            columns: if last.head_norms.is_some() { 0 } else { columns },
+        };
+        let scoring = &weights.scoring;
+        device.gemm_rope(k, &a.normed, &scoring.k_proj, rotation(kv * dim), steps.rows(), None)?;
+        device.gemm_rope(q, &a.normed, &scoring.q_proj, rotation(q_heads * dim), question, first)?;
+        if let Some(norms) = &last.head_norms {
+            let eps = config.rms_norm_eps;
+            device.head_norm(k, norms, rotation(0), (0, kv), kv * dim, steps.rows(), None, None, eps)?;
+            device.head_norm(q, norms, rotation(0), (q_heads, 0), q_heads * dim, question, None, first, eps)?;
+        }
+        device.question_scores(steps, q, k, last.heads)?;
+        device.select(steps, plan)
+    }
+
+    /// Logits of the one row in `answering.one.x`, and the token that is taken from them.
+    pub fn head(&self, answering: &mut Answering) -> Result<()> {
+        let Forward { device, weights, config } = *self;
+        let Answering { one, logits, token, state, sent, sampling, .. } = answering;
+        let norm = Norm { weight: &weights.norm, eps: config.rms_norm_eps };
+        let head = weights.lm_head.as_ref().unwrap_or(&weights.embed_tokens);
+        device.gemv_logits(logits, &one.x, norm, head, weights.vocab_rows)?;
+        device.sample(token, state, sent, logits, sampling, config.vocab_size)
+    }
+
+    /// The last token through all layers, behind what the caches hold, to the next one.
+    pub fn decode(&self, answering: &mut Answering) -> Result<()> {
+        let Forward { device, weights, config } = *self;
+        let Answering { one, caches, parts, counts, state, token, .. } = answering;
+        let (row, position) = (Rows { ints: counts, index: 1, max: 1 }, Shift { ints: state, index: answer::POSITION });
+        device.embed(&mut one.x, token, &weights.embed_tokens, row, config.hidden_size)?;
+        for (layer, cache) in weights.layers.iter().zip(caches) {
+            let Heads { q, kv, dim, .. } = layer.heads;
+            let norm = |weight| Norm { weight, eps: config.rms_norm_eps };
+            let columns = if layer.head_norms.is_some() { 0 } else { (q + kv) * dim };
+            let rotation = Rotation { table: &one.rope, head_dim: dim, columns };
+            device.gemv_rope(cache, &one.x, norm(&layer.input_layernorm), &layer.qkv, rotation, position)?;
+            if let Some(norms) = &layer.head_norms {
+                let (stride, eps) = (layer.heads.qkv_columns(), config.rms_norm_eps);
+                device.head_norm(cache, norms, rotation, (q, kv), stride, row, Some(position), None, eps)?;
+            }
+            device.decode_attention(&mut one.attended, parts, cache, layer.heads, position)?;
+            device.gemv_residual(&mut one.x, &one.attended, &layer.o_proj)?;
+            device.gemv_swiglu(&mut one.h, &one.x, norm(&layer.post_attention_layernorm), &layer.gate_up)?;
+            device.gemv_residual(&mut one.x, &one.h, &layer.down_proj)?;
+        }
+        self.head(answering)
+    }
+}

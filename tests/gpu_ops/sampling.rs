@@ -1,0 +1,137 @@
+//! The choice of the next token on the device.
+
+use cudarc::driver::{CudaSlice, PinnedHostSlice};
+use gleaner::cuda::ops::{NO_TOKEN, answer, sampling_words};
+use gleaner::reader::Sampling;
+
+use super::{Gpu, Noise};
+
+/// Slots that tokens are sent to by turns.
+const SLOTS: usize = 3;
+
+struct Answer<'a> {
+    gpu: &'a Gpu,
+    token: CudaSlice<u32>,
+    state: CudaSlice<i32>,
+    sent: PinnedHostSlice<u32>,
+}
+
+impl Answer<'_> {
+    #[allow(unsafe_code)]
+    fn new(gpu: &Gpu) -> Answer<'_> {
+        // SAFETY: any bits are integers.
+        let sent = unsafe { gpu.device.stream().context().alloc_pinned_with_flags(SLOTS, 0) };
+        let state = gpu.upload(&[99, 0]);
+        assert_eq!((answer::POSITION, answer::TOKENS, answer::LEN), (0, 1, 2));
+        Answer { gpu, token: gpu.upload(&[0]), state, sent: sent.unwrap() }
+    }
+
+    /// The token number `index` from `logits`, which must arrive at all its places.
+    fn next(&mut self, logits: &CudaSlice<f32>, sampling: &Sampling, index: usize) -> u32 {
+        let words = self.gpu.upload(&sampling_words(sampling));
+        self.gpu.device.upload_into("state", &[99, index as i32], &mut self.state).unwrap();
+        self.gpu.device.sample(&mut self.token, &mut self.state, &self.sent, logits, &words, logits.len()).unwrap();
+        assert_eq!(self.gpu.fetch(&self.state), [100, index as i32 + 1]);
+        let sent = self.sent.as_slice().unwrap()[index % SLOTS];
+        let token = self.gpu.fetch(&self.token)[0];
+        assert_eq!(token, if sent == NO_TOKEN { 0 } else { sent });
+        sent
+    }
+}
+
+/// As the documentation of `Sampling` has it: tokens in order of likelihood (of equals, smaller ids first), those that
+/// together reach `top_p`, and among them the one at which the running sum passes a uniform number's share. Also the ones
+/// that would be taken for numbers a hundred-thousandth smaller and larger, and for a nucleus as much smaller and larger.
+fn draws(logits: &[f32], sampling: &Sampling, uniform: f64) -> Vec<u32> {
+    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+    order.sort_by(|a, b| logits[*b as usize].partial_cmp(&logits[*a as usize]).unwrap().then(a.cmp(b)));
+    let max = logits[order[0] as usize] as f64;
+    let weights: Vec<f64> =
+        order.iter().map(|id| ((logits[*id as usize] as f64 - max) / sampling.temperature as f64).exp()).collect();
+    let total: f64 = weights.iter().sum();
+    let passing = |target: f64| {
+        let mut sum = 0.0;
+        weights.iter().position(|weight| {
+            sum += weight;
+            sum > target
+        })
+    };
+    let mut found = Vec::new();
+    for shift in [0.0, -1e-5, 1e-5] {
+        let last = passing(((sampling.top_p as f64 + shift) * total).min(total) * (1.0 - 1e-15));
+        let mass: f64 = weights[..=last.unwrap_or(weights.len() - 1)].iter().sum();
+        for nudge in [0.0, -1e-5, 1e-5] {
+            if let Some(at) = passing((uniform + nudge) * mass) {
+                found.push(order[at]);
+            }
+        }
+    }
+    found
+}
+
+/// Two rounds of the SplitMix64 finaliser over seed and index, as 53 bits.
+fn uniform(seed: u64, index: u64) -> f64 {
+    let mut z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    for add in [0, index] {
+        z = z.wrapping_add(add);
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^= z >> 31;
+    }
+    (z >> 11) as f64 / (1u64 << 53) as f64
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn draws_are_those_of_the_definition() {
+    let gpu = Gpu::open();
+    let mut answer = Answer::new(&gpu);
+    let mut exact = 0;
+    let mut count = 0;
+    for (vocab_size, spread) in [(1, 1.0), (17, 2.0), (8192, 10.0), (151_936, 24.0), (5000, 0.0), (300, 500.0)] {
+        let mut noise = Noise::new(vocab_size as u64);
+        // The sum of four is bell-shaped, as logits are.
+        let mut logits: Vec<f32> =
+            (0..vocab_size).map(|_| (spread * ((0..4).map(|_| noise.unit()).sum::<f64>() - 2.0)) as f32).collect();
+        if vocab_size == 8192 {
+            logits[5000..].fill(f32::NEG_INFINITY);
+        }
+        let logits_gpu = gpu.upload(&logits);
+        for (temperature, top_p) in [(1.0, 1.0), (0.7, 0.9), (1.5, 0.5), (0.2, 0.99), (1.0, 1e-6)] {
+            for index in 0..20 {
+                let sampling = Sampling { temperature, top_p, seed: 11, ..Sampling::default() };
+                let token = answer.next(&logits_gpu, &sampling, index);
+                let allowed = draws(&logits, &sampling, uniform(11, index as u64));
+                let case = format!("{vocab_size} tokens, temperature {temperature}, top_p {top_p}, number {index}");
+                assert!(allowed.contains(&token), "{case}: {token}, expected {allowed:?}");
+                exact += (token == allowed[0]) as usize;
+                count += 1;
+            }
+        }
+    }
+    println!("draws: {exact} of {count} are those of fp64, the others of numbers 1e-5 beside it");
+    assert!(exact * 50 >= count * 49);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn the_likeliest_token_is_taken_at_temperature_zero() {
+    let gpu = Gpu::open();
+    let mut answer = Answer::new(&gpu);
+    let greedy = Sampling::default();
+    for vocab_size in [1, 2, 1023, 1025, 151_936] {
+        let mut noise = Noise::new(3);
+        let mut logits: Vec<f32> = (0..vocab_size).map(|_| noise.unit() as f32 - 5.0).collect();
+        for at in [0, vocab_size / 2, vocab_size - 1] {
+            let mut best = logits.clone();
+            // Of equals, the one of smaller id.
+            best[at] = -3.0;
+            best[vocab_size - 1] = -3.0;
+            assert_eq!(answer.next(&gpu.upload(&best), &greedy, at), at as u32);
+        }
+        for bad in [f32::NAN, f32::INFINITY] {
+            logits[vocab_size / 3] = bad;
+            assert_eq!(answer.next(&gpu.upload(&logits), &greedy, 5), NO_TOKEN);
+        }
+    }
+}
