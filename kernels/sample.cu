@@ -21,7 +21,7 @@ using Wide = unsigned long long;
 
 // A token in the order of likelihood: greater is likelier, and of equals the one of smaller id.
 __device__ Wide ordered(float logit, uint32_t id) {
-    const uint32_t bits = __float_as_uint(logit);
+    const uint32_t bits = __float_as_uint(logit + 0.f);  // -0 is 0
     const uint32_t key = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
     return static_cast<Wide>(key) << kIdBits | ((1u << kIdBits) - 1 - id);
 }

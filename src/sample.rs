@@ -1,5 +1,7 @@
 //! The choice of the next token.
 
+use std::cmp::Ordering;
+
 use crate::reader::Sampling;
 
 /// The token that `sampling` takes from `logits` as the `index`th of an answer: the likeliest (of equals the one of
@@ -10,7 +12,11 @@ pub fn sample(logits: &[f32], sampling: &Sampling, index: usize) -> Option<u32> 
     if logits.iter().any(|logit| logit.is_nan() || *logit == f32::INFINITY) {
         return None;
     }
-    let likelier = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+    // Comparable, as none is NaN; of -0 and 0 none is larger.
+    let likelier = |a: &u32, b: &u32| {
+        let order = logits[*b as usize].partial_cmp(&logits[*a as usize]);
+        order.unwrap_or(Ordering::Equal).then(a.cmp(b))
+    };
     let ids = 0..logits.len() as u32;
     if sampling.temperature == 0.0 {
         return ids.min_by(likelier);
@@ -62,6 +68,7 @@ mod tests {
     #[test]
     fn greedy_takes_the_first_of_equals() {
         assert_eq!(sample(&[0.0, 2.0, 2.0], &with(0.0, 1.0, 0), 0), Some(1));
+        assert_eq!(sample(&[-1.0, -0.0, 0.0], &with(0.0, 1.0, 0), 0), Some(1));
         assert_eq!(sample(&[0.0, f32::NAN], &with(0.0, 1.0, 0), 0), None);
         assert_eq!(sample(&[0.0, f32::INFINITY], &with(0.0, 1.0, 0), 0), None);
     }

@@ -5,13 +5,13 @@ use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use cudarc::driver::{CudaSlice, CudaStream, PinnedHostSlice};
+use cudarc::driver::{CudaSlice, CudaStream};
 use half::bf16;
 
 use super::device::{Allocator, driver_error};
 use super::forward::Forward;
 use super::memory::{self, AnswerSizes};
-use super::ops::{AttentionParts, Heads, NO_TOKEN, Rows, answer, sampling_words};
+use super::ops::{AttentionParts, Heads, NO_TOKEN, Rows, Sent, answer, sampling_words};
 use super::record::Recorded;
 use super::workspace::Activations;
 use crate::model::Model;
@@ -43,7 +43,7 @@ pub struct Answering {
     pub token: CudaSlice<u32>,
     pub sampling: CudaSlice<u64>,
     /// What the host has not yet seen, by turns.
-    pub sent: PinnedHostSlice<u32>,
+    pub sent: Sent,
     /// Whether a token was decoded, which loads the kernels.
     loaded: bool,
     /// A recorded token: of these buffers, whatever the answer.
@@ -75,7 +75,6 @@ impl Answering {
         Ok(slot.insert(answering))
     }
 
-    #[allow(unsafe_code)]
     fn new(forward: &Forward, model: &Model, sizes: AnswerSizes) -> Result<Answering> {
         let device = forward.device;
         let mut allocator = Allocator::new(device);
@@ -83,10 +82,6 @@ impl Answering {
         let config = &model.config;
         let heads =
             Heads { q: config.num_attention_heads, kv: config.num_key_value_heads, dim: config.head_dim, window: 0 };
-        let context = device.stream().context();
-        // SAFETY: the memory comes from the driver with some content, and any bits are an integer; a slot is read behind
-        // the event that follows its writing.
-        let sent = unsafe { context.alloc_pinned_with_flags(AHEAD + 1, 0) };
         let answering = Answering {
             sizes,
             prompt: Activations::new(device, &mut allocator, model, sizes.prompt)?,
@@ -99,7 +94,7 @@ impl Answering {
             state: allocator.zeros(answer::LEN)?,
             token: allocator.zeros(1)?,
             sampling: allocator.zeros(2)?,
-            sent: sent.map_err(|error| driver_error(WHAT, error))?,
+            sent: Sent::new(device, AHEAD + 1)?,
             loaded: false,
             graph: None,
             stream: device.stream().clone(),
@@ -140,14 +135,6 @@ impl Answering {
         self.graph = Some(graph);
         launched
     }
-
-    #[allow(unsafe_code)]
-    fn sent(&self, index: usize) -> Result<u32> {
-        let slots = self.sent.as_ptr().map_err(|error| driver_error(WHAT, error))?;
-        // SAFETY: the slot lies within the buffer. The device has written it, and writes it again only for a token that
-        // is launched after this one was read.
-        Ok(unsafe { slots.add(index % self.sent.len()).read_volatile() })
-    }
 }
 
 impl Drop for Answering {
@@ -183,7 +170,7 @@ pub fn run(
         }
         let Some(written) = under_way.pop_front() else { return Ok(answer) };
         device.wait(&written)?;
-        let next = answering.sent(answer.len())?;
+        let next = answering.sent.token(answer.len());
         if next == NO_TOKEN {
             return Err(Error::NotFinite { step: answer.len() });
         }

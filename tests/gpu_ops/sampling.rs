@@ -1,7 +1,7 @@
 //! The choice of the next token on the device.
 
-use cudarc::driver::{CudaSlice, PinnedHostSlice};
-use gleaner::cuda::ops::{NO_TOKEN, answer, sampling_words};
+use cudarc::driver::CudaSlice;
+use gleaner::cuda::ops::{NO_TOKEN, Sent, answer, sampling_words};
 use gleaner::reader::Sampling;
 
 use super::{Gpu, Noise};
@@ -13,17 +13,15 @@ struct Answer<'a> {
     gpu: &'a Gpu,
     token: CudaSlice<u32>,
     state: CudaSlice<i32>,
-    sent: PinnedHostSlice<u32>,
+    sent: Sent,
 }
 
 impl Answer<'_> {
-    #[allow(unsafe_code)]
     fn new(gpu: &Gpu) -> Answer<'_> {
-        // SAFETY: any bits are integers.
-        let sent = unsafe { gpu.device.stream().context().alloc_pinned_with_flags(SLOTS, 0) };
+        let sent = Sent::new(&gpu.device, SLOTS).unwrap();
         let state = gpu.upload(&[99, 0]);
         assert_eq!((answer::POSITION, answer::TOKENS, answer::LEN), (0, 1, 2));
-        Answer { gpu, token: gpu.upload(&[0]), state, sent: sent.unwrap() }
+        Answer { gpu, token: gpu.upload(&[0]), state, sent }
     }
 
     /// The token number `index` from `logits`, which must arrive at all its places.
@@ -32,7 +30,7 @@ impl Answer<'_> {
         self.gpu.device.upload_into("state", &[99, index as i32], &mut self.state).unwrap();
         self.gpu.device.sample(&mut self.token, &mut self.state, &self.sent, logits, &words, logits.len()).unwrap();
         assert_eq!(self.gpu.fetch(&self.state), [100, index as i32 + 1]);
-        let sent = self.sent.as_slice().unwrap()[index % SLOTS];
+        let sent = self.sent.token(index);
         let token = self.gpu.fetch(&self.token)[0];
         assert_eq!(token, if sent == NO_TOKEN { 0 } else { sent });
         sent

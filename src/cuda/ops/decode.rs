@@ -46,6 +46,33 @@ impl AttentionParts {
     }
 }
 
+/// Host memory that the device writes tokens to, slot after slot, by turns.
+pub struct Sent {
+    memory: PinnedHostSlice<u32>,
+    /// Its address, the same on the device. Asking for it again would wait, which a recording forbids.
+    address: usize,
+}
+
+impl Sent {
+    /// # Errors
+    /// [`Error::Cuda`] if memory cannot be pinned.
+    pub fn new(device: &CudaDevice, slots: usize) -> Result<Sent> {
+        let failed = |error| driver_error("pinning memory", error);
+        // SAFETY: the memory comes from the driver with some content, and any bits are an integer.
+        let memory: PinnedHostSlice<u32> =
+            unsafe { device.stream().context().alloc_pinned_with_flags(slots, 0) }.map_err(failed)?;
+        let address = memory.as_ptr().map_err(failed)? as usize;
+        Ok(Sent { memory, address })
+    }
+
+    /// The token of this index, once the device has written it, and until it writes the one `slots` later.
+    pub fn token(&self, index: usize) -> u32 {
+        let slot = index % self.memory.len();
+        // SAFETY: the slot lies within the memory, which lives as long as this; the device may write it at any time.
+        unsafe { (self.address as *const u32).add(slot).read_volatile() }
+    }
+}
+
 /// Written by the device where a logit is not a number or infinite.
 pub const NO_TOKEN: u32 = ffi::GLEANER_NO_TOKEN;
 
@@ -244,8 +271,8 @@ impl CudaDevice {
         )
     }
 
-    /// The next token of an answer, from `logits` `[vocab_size]`: into `token` and, for the host, into slot
-    /// `tokens % sent.len()` of `sent`. The answer grows by it.
+    /// The next token of an answer, from `logits` `[vocab_size]`: into `token` and, for the host, into `sent`. The answer
+    /// grows by it.
     ///
     /// # Errors
     /// [`Error::Cuda`].
@@ -253,7 +280,7 @@ impl CudaDevice {
         &self,
         token: &mut CudaSlice<u32>,
         answer: &mut CudaSlice<i32>,
-        sent: &PinnedHostSlice<u32>,
+        sent: &Sent,
         logits: &CudaSlice<f32>,
         sampling: &CudaSlice<u64>,
         vocab_size: usize,
@@ -264,19 +291,18 @@ impl CudaDevice {
             && answer.len() >= size_of::<ffi::GleanerAnswer>() / 4
             && sampling.len() >= size_of::<ffi::GleanerSampling>() / 8
             && logits.len() >= vocab_size;
-        require(fits && !sent.is_empty(), op, "a buffer is too small")?;
-        let slots = sent.as_ptr().map_err(|error| driver_error(&op(), error))?.cast_mut();
+        require(fits && !sent.memory.is_empty(), op, "a buffer is too small")?;
         // SAFETY: the buffers hold what the kernel touches (checked above). Pinned memory has the same address on the
-        // device; the host reads a slot only behind an event that follows its writing.
+        // device.
         check(
             unsafe {
                 ffi::gleaner_sample(
                     self.address_mut(token) as *mut u32,
                     self.address_mut(answer) as *mut ffi::GleanerAnswer,
-                    slots,
+                    sent.address as *mut u32,
                     self.address(logits) as *const f32,
                     self.address(sampling) as *const ffi::GleanerSampling,
-                    sent.len() as c_int,
+                    sent.memory.len() as c_int,
                     vocab_size as c_int,
                     self.raw_stream(),
                 )
