@@ -1,7 +1,7 @@
 // Attention of one new row over its cache. The keys are cut into equal parts, a CTA a part and key head, which serves all
 // query heads of its group; the CTA that ends last joins the parts, in their order.
 //
-// A tile is 128 keys: two threads make a key's products with all queries of the group, then a warp a head makes its
+// A tile is 32 keys: eight threads make a key's products with all queries of the group, then a warp a head makes its
 // probabilities and their sum over the values.
 #include <math.h>
 
@@ -11,7 +11,8 @@
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kTile = 128;  // keys
+constexpr int kTile = 32;  // keys
+constexpr int kPerKey = kThreads / kTile;  // threads
 
 struct Args {
     bf16 *out;        // [num_heads, head_dim]
@@ -23,31 +24,44 @@ struct Args {
     float scale;
 };
 
-// Of a group of `heads`: queries and sums [heads, head_dim], logits [heads, kTile], maxima and sums [heads], values.
-__host__ __device__ int shared_bytes(int heads, int head_dim) {
-    return heads * (2 * head_dim + kTile + 2) * 4 + kTile * head_dim * 2;
+static_assert(kTile == 32, "a lane has one key's probability");
+
+// Of a group of `heads`: queries and sums [heads, head_dim], maxima and sums [heads], values, and logits [heads, kTile],
+// the place of which the weights of the parts take at the end.
+int shared_bytes(int heads, int head_dim, int splits) {
+    return heads * (2 * head_dim + (splits > kTile ? splits : kTile) + 2) * 4 + kTile * head_dim * 2;
 }
 
-// Joins the parts of a head: what a lane holds of all dimensions is written to `out`.
+// Joins the parts of a group's heads. weights: shared, [group, splits].
 template <int kHeadDim>
-__device__ void join(const Args &args, int head, int lane) {
-    const float *parts = args.parts + static_cast<size_t>(head) * args.splits * (kHeadDim + 2);
-    float maximum = -INFINITY;
-    for (int s = lane; s < args.splits; s += 32) maximum = fmaxf(maximum, __ldcg(parts + s * (kHeadDim + 2) + kHeadDim));
-    for (int offset = 16; offset > 0; offset /= 2)
-        maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, offset));
-    float total = 0.f, values[kHeadDim / 32] = {};
-#pragma unroll 4
-    for (int s = 0; s < args.splits; ++s) {
-        const float *part = parts + s * (kHeadDim + 2);
-        const float weight = exp2f(__ldcg(part + kHeadDim) - maximum);
-        total += weight * __ldcg(part + kHeadDim + 1);
-#pragma unroll
-        for (int d = 0; d < kHeadDim / 32; ++d) values[d] += weight * __ldcg(part + d * 32 + lane);
+__device__ void join(const Args &args, int first_head, int group, float *weights) {
+    constexpr int kStride = kHeadDim + 2;
+    const int splits = args.splits, lane = threadIdx.x % 32;
+    const float *parts = args.parts + static_cast<size_t>(first_head) * splits * kStride;
+    for (int head = threadIdx.x / 32; head < group; head += kWarps) {
+        const float *of_head = parts + head * splits * kStride;
+        float maximum = -INFINITY, total = 0.f;
+        for (int s = lane; s < splits; s += 32) maximum = fmaxf(maximum, __ldcg(of_head + s * kStride + kHeadDim));
+        for (int offset = 16; offset > 0; offset /= 2)
+            maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, offset));
+        for (int s = lane; s < splits; s += 32) {
+            const float weight = exp2f(__ldcg(of_head + s * kStride + kHeadDim) - maximum);
+            weights[head * splits + s] = weight;
+            total += weight * __ldcg(of_head + s * kStride + kHeadDim + 1);
+        }
+        for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(0xffffffffu, total, offset);
+        __syncwarp();
+        for (int s = lane; s < splits; s += 32) weights[head * splits + s] /= total;
     }
-#pragma unroll
-    for (int d = 0; d < kHeadDim / 32; ++d)
-        args.out[head * kHeadDim + d * 32 + lane] = __float2bfloat16(values[d] / total);
+    __syncthreads();
+    for (int i = threadIdx.x; i < group * kHeadDim; i += kThreads) {
+        const int head = i / kHeadDim, d = i % kHeadDim;
+        const float *of_head = parts + head * splits * kStride + d;
+        float value = 0.f;
+#pragma unroll 16
+        for (int s = 0; s < splits; ++s) value += weights[head * splits + s] * __ldcg(of_head + s * kStride);
+        args.out[first_head * kHeadDim + i] = __float2bfloat16(value);
+    }
 }
 
 template <int kHeadDim>
@@ -58,8 +72,8 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const Args a
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     auto *values = reinterpret_cast<uint4 *>(shared);  // [kTile, kHeadDim]
     auto *q = reinterpret_cast<float *>(values + kTile * kHeadDim / 8);
-    float *sums = q + group * kHeadDim, *logits = sums + group * kHeadDim;
-    float *maxima = logits + group * kTile, *totals = maxima + group;
+    float *sums = q + group * kHeadDim, *maxima = sums + group * kHeadDim, *totals = maxima + group;
+    float *logits = totals + group;
     const size_t stride = static_cast<size_t>(args.num_heads + 2 * args.num_kv_heads) * kHeadDim;
     const bf16 *k = args.qkv + (args.num_heads + kv_head) * kHeadDim, *v = k + args.num_kv_heads * kHeadDim;
 
@@ -79,41 +93,41 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const Args a
 
     for (int tile = begin; tile < end; tile += kTile) {
         const int keys = min(kTile, end - tile);
-        const int key = threadIdx.x / 2, half = threadIdx.x % 2;
+        const int key = threadIdx.x / kPerKey, part = threadIdx.x % kPerKey;
+        constexpr int kVectors = kHeadDim / 8 / kPerKey;  // of a thread
+        uint4 k_part[kVectors] = {};
         if (key < keys) {
-            constexpr int kVectors = kHeadDim / 16;  // of half a row
-            const auto *k_row = reinterpret_cast<const uint4 *>(k + (tile + key) * stride) + half * kVectors;
-            const auto *v_row = reinterpret_cast<const uint4 *>(v + (tile + key) * stride) + half * kVectors;
-            uint4 row[kVectors];
+            const size_t at = (tile + key) * stride + part * kVectors * 8;
 #pragma unroll
-            for (int i = 0; i < kVectors; ++i) row[i] = k_row[i];
-#pragma unroll
-            for (int i = 0; i < kVectors; ++i) values[key * kHeadDim / 8 + half * kVectors + i] = v_row[i];
-            for (int head = 0; head < group; ++head) {
-                const auto *at = reinterpret_cast<const float4 *>(q + head * kHeadDim + half * kHeadDim / 2);
-                float logit = 0.f;
-#pragma unroll
-                for (int i = 0; i < kVectors; ++i) {
-                    const float4 low = at[i * 2], high = at[i * 2 + 1];
-                    const float2 k0 = unpack(row[i].x), k1 = unpack(row[i].y), k2 = unpack(row[i].z),
-                                 k3 = unpack(row[i].w);
-                    logit += low.x * k0.x + low.y * k0.y + low.z * k1.x + low.w * k1.y + high.x * k2.x +
-                             high.y * k2.y + high.z * k3.x + high.w * k3.y;
-                }
-                logit += __shfl_xor_sync(__activemask(), logit, 1);
-                if (half == 0) logits[head * kTile + key] = logit;
+            for (int i = 0; i < kVectors; ++i) {
+                k_part[i] = reinterpret_cast<const uint4 *>(k + at)[i];
+                values[(key * kPerKey + part) * kVectors + i] = reinterpret_cast<const uint4 *>(v + at)[i];
             }
+        }
+        for (int head = 0; head < group; ++head) {
+            const auto *at = reinterpret_cast<const float4 *>(q + head * kHeadDim) + part * kVectors * 2;
+            float logit = 0.f;
+#pragma unroll
+            for (int i = 0; i < kVectors; ++i) {
+                const float4 low = at[i * 2], high = at[i * 2 + 1];
+                const float2 k0 = unpack(k_part[i].x), k1 = unpack(k_part[i].y), k2 = unpack(k_part[i].z),
+                             k3 = unpack(k_part[i].w);
+                logit += low.x * k0.x + low.y * k0.y + low.z * k1.x + low.w * k1.y + high.x * k2.x + high.y * k2.y +
+                         high.z * k3.x + high.w * k3.y;
+            }
+#pragma unroll
+            for (int offset = 1; offset < kPerKey; offset *= 2) logit += __shfl_xor_sync(0xffffffffu, logit, offset);
+            if (part == 0) logits[head * kTile + key] = logit;
         }
         __syncthreads();
 
         for (int head = warp; head < group; head += kWarps) {
             float *probabilities = logits + head * kTile;
-            float maximum = maxima[head];
-            for (int i = lane; i < keys; i += 32) maximum = fmaxf(maximum, probabilities[i]);
+            const float logit = lane < keys ? probabilities[lane] : -INFINITY;
+            float maximum = fmaxf(maxima[head], logit);
             for (int offset = 16; offset > 0; offset /= 2)
                 maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, offset));
-            float total = 0.f;
-            for (int i = lane; i < keys; i += 32) total += probabilities[i] = exp2f(probabilities[i] - maximum);
+            float total = probabilities[lane] = exp2f(logit - maximum);
             for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(0xffffffffu, total, offset);
             const float rescale = exp2f(maxima[head] - maximum);
             __syncwarp();
@@ -153,14 +167,14 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const Args a
     __syncthreads();
     if (!last_part) return;
     __threadfence();
-    for (int head = warp; head < group; head += kWarps) join<kHeadDim>(args, kv_head * group + head, lane);
+    join<kHeadDim>(args, kv_head * group, group, logits);
     if (threadIdx.x == 0) args.done[kv_head] = 0;
 }
 
 template <int kHeadDim>
 int32_t launch(const Args &args, void *stream) {
     return launch_overlapping(decode_attention_kernel<kHeadDim>, dim3(args.splits, args.num_kv_heads), kThreads,
-                              shared_bytes(args.num_heads / args.num_kv_heads, kHeadDim), stream, args);
+                              shared_bytes(args.num_heads / args.num_kv_heads, kHeadDim, args.splits), stream, args);
 }
 
 }  // namespace

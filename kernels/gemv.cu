@@ -61,19 +61,22 @@ __device__ uint4 scaled(uint4 x, uint4 weight, float scale) {
 // The weights are read once and are more than the caches hold.
 __device__ uint4 load_weight(const uint4 *at) { return __ldcs(at); }
 
-// RMSNorm of a, into shared memory.
-__device__ void normalise(uint4 *to, const Operands &operands) {
+// RMSNorm of a, in shared memory: `norm`, which holds the norm's weights, becomes the result. `raw` has room for a.
+__device__ void normalise(uint4 *norm, uint4 *raw, const Operands &operands) {
     __shared__ float warp_sums[kWarps];
     float sum = 0.f;
-    for (int i = threadIdx.x; i < operands.vectors; i += kThreads) sum = dot(operands.a[i], operands.a[i], sum);
+    for (int i = threadIdx.x; i < operands.vectors; i += kThreads) {
+        raw[i] = operands.a[i];
+        sum = dot(raw[i], raw[i], sum);
+    }
     for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
     if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = sum;
     __syncthreads();
     sum = 0.f;
     for (int warp = 0; warp < kWarps; ++warp) sum += warp_sums[warp];
     const float scale = rsqrtf(sum / (operands.vectors * 8) + operands.eps);
-    for (int i = threadIdx.x; i < operands.vectors; i += kThreads)
-        to[i] = scaled(operands.a[i], operands.norm[i], scale);
+    // Each thread's own vectors, so that no barrier is needed before.
+    for (int i = threadIdx.x; i < operands.vectors; i += kThreads) norm[i] = scaled(raw[i], norm[i], scale);
     __syncthreads();
 }
 
@@ -105,12 +108,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     int group = blockIdx.x * kGroups + warp / kSplit;
     start_next();
     if (group < groups) load_first(group);
+    if (operands.norm)
+        for (int i = threadIdx.x; i < vectors; i += kThreads) normed[i] = operands.norm[i];
     wait_for_previous();
-    const uint4 *a = operands.a;
-    if (operands.norm) {
-        normalise(normed, operands);
-        a = normed;
-    }
+    if (operands.norm) normalise(normed, normed + vectors, operands);
+    const uint4 *a = operands.norm ? normed : operands.a;
     const int row = operands.out_row ? *operands.out_row : 0;
 
     // Every warp takes as many turns, so that all meet at the barrier.
@@ -160,7 +162,7 @@ template <int kSplit, class Epilogue>
 int32_t launch_split(const Operands &operands, const Epilogue &epilogue, int multiprocessors, void *stream) {
     const int per_block = kWarps / kSplit, groups = operands.n / kColumns;
     const int blocks = (groups + per_block - 1) / per_block, most = multiprocessors * kBlocksPerMultiprocessor;
-    const int shared_bytes = operands.norm ? operands.vectors * 16 : 0;
+    const int shared_bytes = operands.norm ? operands.vectors * 2 * 16 : 0;
     return launch_overlapping(gemv_kernel<kSplit, Epilogue>, blocks < most ? blocks : most, kThreads, shared_bytes,
                               stream, operands, epilogue);
 }

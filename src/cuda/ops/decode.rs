@@ -17,7 +17,7 @@ pub struct Norm<'a> {
 }
 
 fn check_norm(op: &dyn Fn() -> String, norm: Norm, k: usize) -> Result<()> {
-    require(norm.weight.len() == k && k <= 1 << 16, op, "the norm must be as wide as the row, at most 65536")
+    require(norm.weight.len() == k && k <= 1 << 15, op, "the norm must be as wide as the row, at most 32768")
 }
 
 /// What the parts of a row's attention leave for their joining.
