@@ -1,22 +1,25 @@
 // out = epilogue(a w^T) on Hopper: the linear layers with its copy engine and warpgroup products.
 //
-// One CTA a multiprocessor walks over the tiles of the output, those of one weight tile after the other. Its first
-// warpgroup copies: one thread fills a ring of stages of 64 columns of a and of the weight. The two others multiply, 64
-// rows each, and hold the next stage in flight while they wait for the one before.
+// Two CTAs on neighbouring multiprocessors, a cluster, walk together over pairs of tiles of the output: rows below each
+// other, the same columns of it, so that each fetches half of the weights for both. The first warpgroup of a CTA copies:
+// one thread fills a ring of stages of 64 columns of a and of the weight. The two others multiply, 64 rows each, and hold
+// the next stage in flight while they wait for the one before.
 //
 // A tile is 128 rows by 128, 192 or 256 columns. Wide tiles move fewer bytes a product, narrow ones fill the last wave
 // better; which costs least depends on the number of live rows, so that the device chooses.
 //
 // Rows of a beyond the live count may hold anything: a row of a touches its own row of the product alone. They are never
-// written, and tiles without a live row do not exist.
+// written, and pairs of tiles without a live row do not exist.
 #include "epilogue.cuh"
 #include "hopper.cuh"
 #include "kernels.h"
 
 namespace {
 
-constexpr int kTileM = 128, kTileK = kBoxColumns, kBoxRows = 64;
-constexpr int kBoxBytes = kBoxRows * kTileK * 2;
+constexpr int kTileM = 128, kTileK = kBoxColumns;
+constexpr int kCluster = 2;       // CTAs
+constexpr int kWeightBox = 32;    // rows of the weight in a copy
+constexpr int kABytes = kTileM * kTileK * 2, kWeightBoxBytes = kWeightBox * kTileK * 2;
 constexpr int kThreads = 384, kConsumerWarps = 8;
 constexpr int kRingBytes = 4 * (kTileM + 256) * kTileK * 2;
 constexpr int kMaxStages = 6;
@@ -28,9 +31,8 @@ template <int kTileN>
 constexpr int kStages = kRingBytes / kStageBytes<kTileN>;
 static_assert(kStages<128> == kMaxStages);
 
-// Columns of a tile, and what a tile costs: its columns over the share of the tensor cores' rate at which the L2 cache
-// feeds it.
-constexpr int kCost128 = 175, kCost192 = 218, kCost256 = 264;
+// What a tile of so many columns costs: them, and what a tile takes beside its products.
+constexpr int kCost128 = 150, kCost192 = 212, kCost256 = 274;
 
 struct Operands {
     const bf16 *bias;  // [n] or null
@@ -41,15 +43,28 @@ struct Operands {
 
 __device__ int divide_up(int a, int b) { return (a + b - 1) / b; }
 
-// The tile width that takes the least time for so many tiles of rows.
-__device__ int choose_tile(int tiles_m, int n) {
-    auto time = [&](int tile_n, int cost) { return divide_up(tiles_m * divide_up(n, tile_n), gridDim.x) * cost; };
+// The work of all clusters: pairs of tiles, those of one tile of the weight after the other.
+struct Schedule {
+    int rows, row_start, pairs_m, pairs, k_tiles;
+    __device__ int cluster() const { return blockIdx.x / kCluster; }
+    __device__ int clusters() const { return gridDim.x / kCluster; }
+    __device__ int row(int pair) const { return (pair % pairs_m * kCluster + cluster_rank()) * kTileM; }
+    template <int kTileN>
+    __device__ int column(int pair) const {
+        return pair / pairs_m * kTileN;
+    }
+};
+
+// The tile width that takes the least time for so many pairs of tiles of rows.
+__device__ int choose_tile(int pairs_m, int n) {
+    const int clusters = gridDim.x / kCluster;
+    auto time = [&](int tile_n, int cost) { return divide_up(pairs_m * divide_up(n, tile_n), clusters) * cost; };
     const int narrow = time(128, kCost128), middle = time(192, kCost192), wide = time(256, kCost256);
     if (wide <= middle && wide <= narrow) return 256;
     return middle <= narrow ? 192 : 128;
 }
 
-// Where a stage's barriers are and which phase they are in.
+// A stage, and the parity of the phase its barriers are in.
 template <int kCount>
 struct Ring {
     int stage = 0;
@@ -60,35 +75,51 @@ struct Ring {
 };
 
 template <int kTileN>
-__device__ void produce(const CUtensorMap *a_map, const CUtensorMap *weight_map, uint32_t ring, uint32_t full,
-                        uint32_t empty, int tiles_m, int tiles, int k_tiles, int row_start) {
+__device__ void produce(const CUtensorMap *a_map, const CUtensorMap *weight_map, const Schedule &schedule,
+                        uint32_t ring, uint32_t full, uint32_t empty) {
+    constexpr int kHalf = kTileN / kCluster;
+    const int first = cluster_rank() * kHalf;
     Ring<kStages<kTileN>> at;
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        const int m0 = row_start + tile % tiles_m * kTileM, n0 = tile / tiles_m * kTileN;
-        for (int k_tile = 0; k_tile < k_tiles; ++k_tile, at.next()) {
+    for (int pair = schedule.cluster(); pair < schedule.pairs; pair += schedule.clusters()) {
+        const int row = schedule.row_start + schedule.row(pair), column = schedule.column<kTileN>(pair);
+        for (int k_tile = 0; k_tile < schedule.k_tiles; ++k_tile, at.next()) {
             const uint32_t stage = ring + at.stage * kStageBytes<kTileN>, barrier = full + at.stage * 8;
+            // Both CTAs have read the stage, for half of what is copied goes to the other's.
             barrier_wait(empty + at.stage * 8, at.parity ^ 1);
             barrier_expect(barrier, kStageBytes<kTileN>);
+            copy_box(stage, a_map, row, k_tile * kTileK, barrier);
 #pragma unroll
-            for (int box = 0; box < kTileM / kBoxRows; ++box)
-                copy_box(stage + box * kBoxBytes, a_map, m0 + box * kBoxRows, k_tile * kTileK, barrier);
-#pragma unroll
-            for (int box = 0; box < kTileN / kBoxRows; ++box)
-                copy_box(stage + kTileM * kTileK * 2 + box * kBoxBytes, weight_map, n0 + box * kBoxRows,
-                         k_tile * kTileK, barrier);
+            for (int box = first; box < first + kHalf; box += kWeightBox)
+                copy_box_to(stage + kABytes + box / kWeightBox * kWeightBoxBytes, weight_map, column + box,
+                            k_tile * kTileK, barrier, (1 << kCluster) - 1);
         }
     }
 }
 
+// Four lanes that hold word `lane % 4` of four groups of 16 bytes each get a whole group: that of their own number.
+__device__ uint4 transpose(const uint32_t (&words)[4]) {
+    const int lane = threadIdx.x % 4;
+    const bool odd = lane & 1, upper = lane & 2;
+    // First between neighbours, then between pairs.
+    const uint32_t a = __shfl_xor_sync(0xffffffffu, odd ? words[0] : words[1], 1);
+    const uint32_t b = __shfl_xor_sync(0xffffffffu, odd ? words[2] : words[3], 1);
+    const uint32_t w0 = odd ? a : words[0], w1 = odd ? words[1] : a;
+    const uint32_t w2 = odd ? b : words[2], w3 = odd ? words[3] : b;
+    const uint32_t c = __shfl_xor_sync(0xffffffffu, upper ? w0 : w2, 2);
+    const uint32_t d = __shfl_xor_sync(0xffffffffu, upper ? w1 : w3, 2);
+    return upper ? uint4{c, d, w2, w3} : uint4{w0, w1, c, d};
+}
+
 template <int kTileN, class Epilogue>
-__device__ void consume(const Operands &operands, const Epilogue &epilogue, uint32_t ring, uint32_t full,
-                        uint32_t empty, int rows, int tiles_m, int tiles, int k_tiles) {
-    const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
-    const int group_offset = warp / 4 * kBoxBytes;
+__device__ void consume(const Operands &operands, const Epilogue &epilogue, const Schedule &schedule, uint32_t ring,
+                        uint32_t full, uint32_t empty) {
+    constexpr int kWords = Epilogue::kWords;
+    const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32, rows = schedule.rows;
+    const int group_offset = warp / 4 * (kABytes / 2);
     Ring<kStages<kTileN>> at;
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        const int row = tile % tiles_m * kTileM + warp * 16 + lane / 4;
-        const int first_column = tile / tiles_m * kTileN + lane % 4 * 2;
+    for (int pair = schedule.cluster(); pair < schedule.pairs; pair += schedule.clusters()) {
+        const int row = schedule.row(pair) + warp * 16 + lane / 4;
+        const int tile_column = schedule.column<kTileN>(pair), first_column = tile_column + lane % 4 * 2;
         // What the epilogue reads is asked for now and is there when the product is.
         typename Epilogue::Loaded loaded[kTileN / 16][2];
 #pragma unroll
@@ -100,46 +131,59 @@ __device__ void consume(const Operands &operands, const Epilogue &epilogue, uint
 
         float c[kTileN / 2];
         int previous = 0;
-        for (int k_tile = 0; k_tile < k_tiles; ++k_tile, at.next()) {
+        for (int k_tile = 0; k_tile < schedule.k_tiles; ++k_tile, at.next()) {
             barrier_wait(full + at.stage * 8, at.parity);
             const uint32_t stage = ring + at.stage * kStageBytes<kTileN>;
             const uint64_t a = box_descriptor(stage + group_offset);
-            const uint64_t weight = box_descriptor(stage + kTileM * kTileK * 2);
+            const uint64_t weight = box_descriptor(stage + kABytes);
             wgmma_fence();
 #pragma unroll
             for (int step = 0; step < kTileK / 16; ++step)
                 wgmma<kTileN>(c, a + step * kDescriptorStep, weight + step * kDescriptorStep, k_tile + step);
             wgmma_commit();
             wgmma_wait<1>();
-            if (k_tile > 0 && lane == 0) barrier_arrive(empty + previous * 8);
+            if (k_tile > 0 && lane < kCluster) barrier_arrive(empty + previous * 8, lane);
             previous = at.stage;
         }
         wgmma_wait<0>();
-        if (lane == 0) barrier_arrive(empty + previous * 8);
+        if (lane < kCluster) barrier_arrive(empty + previous * 8, lane);
 
+        // Four groups of eight columns of the output at a time, each lane to store one of them.
+        constexpr int kPairs = 4 / kWords;  // of groups of the product
 #pragma unroll
-        for (int j = 0; j < kTileN / 16; ++j) {
-            const int column = first_column + j * 16;
-            if (column >= operands.n) continue;
-            float2 bias_low{}, bias_high{};
-            if (operands.bias) {
-                bias_low = unpack(*reinterpret_cast<const uint32_t *>(operands.bias + column));
-                bias_high = unpack(*reinterpret_cast<const uint32_t *>(operands.bias + column + 8));
-            }
+        for (int j = 0; j < kTileN / 16; j += kPairs) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                if (row + half * 8 >= rows) continue;
-                const float *low_at = c + j * 8 + half * 2, *high_at = low_at + 4;
-                const float low[2] = {low_at[0] + bias_low.x, low_at[1] + bias_low.y};
-                const float high[2] = {high_at[0] + bias_high.x, high_at[1] + bias_high.y};
-                epilogue(row + half * 8, column, low, high, loaded[j][half]);
+                uint32_t words[4];
+#pragma unroll
+                for (int p = 0; p < kPairs; ++p) {
+                    const int column = first_column + (j + p) * 16;
+                    float2 bias_low{}, bias_high{};
+                    if (operands.bias && column < operands.n) {
+                        bias_low = unpack(__ldg(reinterpret_cast<const uint32_t *>(operands.bias + column)));
+                        bias_high = unpack(__ldg(reinterpret_cast<const uint32_t *>(operands.bias + column + 8)));
+                    }
+                    const float *low_at = c + (j + p) * 8 + half * 2, *high_at = low_at + 4;
+                    const float low[2] = {low_at[0] + bias_low.x, low_at[1] + bias_low.y};
+                    const float high[2] = {high_at[0] + bias_high.x, high_at[1] + bias_high.y};
+                    uint32_t result[kWords];
+                    epilogue.apply(result, min(row + half * 8, rows - 1), column, low, high, loaded[j + p][half]);
+#pragma unroll
+                    for (int w = 0; w < kWords; ++w) words[p * kWords + w] = result[w];
+                }
+                const uint4 group = transpose(words);
+                const int column = (tile_column + j * 16) * kWords / 2 + lane % 4 * 8;
+                if (row + half * 8 < rows && column < operands.n * kWords / 2)
+                    *reinterpret_cast<uint4 *>(epilogue.out +
+                                               static_cast<size_t>(row + half * 8) * epilogue.out_stride + column) =
+                        group;
             }
         }
     }
 }
 
 template <class Epilogue>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
     gemm_sm90_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap weight_map,
                      const Operands operands, const Epilogue epilogue) {
     extern __shared__ unsigned char shared[];
@@ -151,36 +195,40 @@ __global__ void __launch_bounds__(kThreads, 1)
         prefetch_map(&weight_map);
         for (int stage = 0; stage < kMaxStages; ++stage) {
             barrier_init(full + stage * 8, 1);
-            barrier_init(empty + stage * 8, kConsumerWarps);
+            barrier_init(empty + stage * 8, kConsumerWarps * kCluster);
         }
         barrier_init_fence();
     }
-    __syncthreads();
+    cluster_sync();
 
     const int rows = *operands.rows, row_start = operands.row_start ? *operands.row_start : 0;
-    const int tiles_m = divide_up(rows, kTileM), k_tiles = divide_up(operands.k, kTileK);
-    const int tile_n = choose_tile(tiles_m, operands.n);
-    const int tiles = tiles_m * divide_up(operands.n, tile_n);
+    const int pairs_m = divide_up(rows, kTileM * kCluster);
+    const int tile_n = choose_tile(pairs_m, operands.n);
+    const Schedule schedule{rows, row_start, pairs_m, pairs_m * divide_up(operands.n, tile_n),
+                            divide_up(operands.k, kTileK)};
 
     // The roles are the two branches of one condition: what setmaxnreg asks for.
     if (threadIdx.x < 128) {
         give_registers<40>();
-        if (threadIdx.x > 0) return;
-        if (tile_n == 128)
-            produce<128>(&a_map, &weight_map, ring, full, empty, tiles_m, tiles, k_tiles, row_start);
-        else if (tile_n == 192)
-            produce<192>(&a_map, &weight_map, ring, full, empty, tiles_m, tiles, k_tiles, row_start);
-        else
-            produce<256>(&a_map, &weight_map, ring, full, empty, tiles_m, tiles, k_tiles, row_start);
+        if (threadIdx.x == 0) {
+            if (tile_n == 128)
+                produce<128>(&a_map, &weight_map, schedule, ring, full, empty);
+            else if (tile_n == 192)
+                produce<192>(&a_map, &weight_map, schedule, ring, full, empty);
+            else
+                produce<256>(&a_map, &weight_map, schedule, ring, full, empty);
+        }
     } else {
         take_registers<232>();
         if (tile_n == 128)
-            consume<128>(operands, epilogue, ring, full, empty, rows, tiles_m, tiles, k_tiles);
+            consume<128>(operands, epilogue, schedule, ring, full, empty);
         else if (tile_n == 192)
-            consume<192>(operands, epilogue, ring, full, empty, rows, tiles_m, tiles, k_tiles);
+            consume<192>(operands, epilogue, schedule, ring, full, empty);
         else
-            consume<256>(operands, epilogue, ring, full, empty, rows, tiles_m, tiles, k_tiles);
+            consume<256>(operands, epilogue, schedule, ring, full, empty);
     }
+    // The other CTA may still copy to this one's memory and arrive at its barriers.
+    cluster_sync();
 }
 
 // a holds a_rows rows, dead ones among them.
@@ -188,8 +236,8 @@ template <class Epilogue>
 int32_t launch(const void *a, int a_rows, const void *weight, const Operands &operands, const Epilogue &epilogue,
                int max_rows, void *stream) {
     CUtensorMap a_map, weight_map;
-    if (const int32_t status = make_tensor_map(&a_map, a, a_rows, operands.k, kBoxRows)) return status;
-    if (const int32_t status = make_tensor_map(&weight_map, weight, operands.n, operands.k, kBoxRows)) return status;
+    if (const int32_t status = make_tensor_map(&a_map, a, a_rows, operands.k, kTileM)) return status;
+    if (const int32_t status = make_tensor_map(&weight_map, weight, operands.n, operands.k, kWeightBox)) return status;
     int device, multiprocessors;
     cudaError_t status = cudaGetDevice(&device);
     if (status == cudaSuccess)
@@ -198,10 +246,11 @@ int32_t launch(const void *a, int a_rows, const void *weight, const Operands &op
         status = cudaFuncSetAttribute(gemm_sm90_kernel<Epilogue>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       kSharedBytes);
     if (status != cudaSuccess) return status;
-    const int most_tiles = (max_rows + kTileM - 1) / kTileM * ((operands.n + 127) / 128);
-    const int grid = most_tiles < multiprocessors ? most_tiles : multiprocessors;
-    gemm_sm90_kernel<<<grid, kThreads, kSharedBytes, static_cast<cudaStream_t>(stream)>>>(a_map, weight_map, operands,
-                                                                                           epilogue);
+    const int pairs_m = (max_rows + kTileM * kCluster - 1) / (kTileM * kCluster);
+    const int most_pairs = pairs_m * ((operands.n + 127) / 128);
+    const int clusters = most_pairs < multiprocessors / kCluster ? most_pairs : multiprocessors / kCluster;
+    gemm_sm90_kernel<<<clusters * kCluster, kThreads, kSharedBytes, static_cast<cudaStream_t>(stream)>>>(
+        a_map, weight_map, operands, epilogue);
     return cudaGetLastError();
 }
 

@@ -6,6 +6,8 @@
 //
 // Where a norm is given, a is normalised first, by each CTA for itself: a few kilobytes from the L2 cache instead of a
 // launch.
+#include <type_traits>
+
 #include "common.cuh"
 #include "epilogue.cuh"
 #include "kernels.h"
@@ -19,12 +21,6 @@ constexpr int kBlocksPerMultiprocessor = 5;
 
 struct Logits {
     float *out;
-    using Loaded = Nothing;
-    __device__ Nothing load(int, int) const { return {}; }
-    __device__ void operator()(int, int column, const float (&low)[2], const float (&high)[2], Nothing) const {
-        *reinterpret_cast<float2 *>(out + column) = {low[0], low[1]};
-        *reinterpret_cast<float2 *>(out + column + 8) = {high[0], high[1]};
-    }
 };
 
 struct Operands {
@@ -154,7 +150,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
             sums[0] += low.x, sums[1] += low.y, sums[2] += high.x, sums[3] += high.y;
         }
         const float low[2] = {sums[0], sums[1]}, high[2] = {sums[2], sums[3]};
-        epilogue(row, column, low, high, epilogue.load(row, column));
+        if constexpr (std::is_same_v<Epilogue, Logits>) {
+            *reinterpret_cast<float2 *>(epilogue.out + column) = {low[0], low[1]};
+            *reinterpret_cast<float2 *>(epilogue.out + column + 8) = {high[0], high[1]};
+        } else {
+            uint32_t words[Epilogue::kWords];
+            epilogue.apply(words, row, column, low, high, epilogue.load(row, column));
+            store(epilogue, row, column, words);
+        }
     }
 }
 

@@ -33,7 +33,8 @@ int32_t gleaner_gemm_swiglu(void *out, const void *a, const void *weight, const 
 
 // out [rows, n] = a[row_start..] weight^T + bias, the heads in the columns below rope_columns rotated by their position,
 // row_start + row. Dimensions of such heads come as 8 of the lower half, 8 of the upper, and so on, in weight, bias and
-// out. table: float2 (cosine, sine) [positions, head_dim / 2]. row_start: device integer, or null for 0.
+// out; head_dim is a power of two. table: float2 (cosine, sine) [positions, head_dim / 2]. row_start: device integer, or
+// null for 0.
 int32_t gleaner_gemm_rope(void *out, const void *a, const void *weight, const void *bias, const void *table,
                           const int32_t *rows, const int32_t *row_start, int32_t max_rows, int32_t n, int32_t k,
                           int32_t head_dim, int32_t rope_columns, void *stream);

@@ -388,7 +388,7 @@ fn check_heads(op: &dyn Fn() -> String, heads: Heads) -> Result<()> {
 
 fn check_rotation(op: &dyn Fn() -> String, rotation: Rotation, n: usize, positions: usize) -> Result<()> {
     let dim = rotation.head_dim;
-    let valid = dim > 0 && dim.is_multiple_of(16) && rotation.columns <= n && rotation.columns.is_multiple_of(dim);
-    require(valid, op, "rotated columns must be whole heads of a multiple of 16")?;
+    let valid = dim >= 16 && dim.is_power_of_two() && rotation.columns <= n && rotation.columns.is_multiple_of(dim);
+    require(valid, op, "rotated columns must be whole heads, their width a power of two and at least 16")?;
     require(rotation.columns == 0 || rotation.table.len() >= positions * dim, op, "the table has too few positions")
 }
