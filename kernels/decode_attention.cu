@@ -1,8 +1,9 @@
 // Attention of one new row over its cache. The keys are cut into equal parts, a CTA a part and key head, which serves all
 // query heads of its group; the CTA that ends last joins the parts, in their order.
 //
-// A tile is 32 keys: eight threads make a key's products with all queries of the group, then a warp a head makes its
-// probabilities and their sum over the values.
+// A tile is 64 keys: four threads make a key's products with all queries of the group, then a warp a head makes its
+// probabilities and their sum over the values. The next tile is on its way meanwhile: what this kernel takes is waiting for
+// memory, not arithmetic.
 #include <math.h>
 
 #include "common.cuh"
@@ -11,7 +12,7 @@
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kTile = 32;  // keys
+constexpr int kTile = 64;  // keys
 constexpr int kPerKey = kThreads / kTile;  // threads
 
 struct Args {
@@ -24,7 +25,7 @@ struct Args {
     float scale;
 };
 
-static_assert(kTile == 32, "a lane has one key's probability");
+static_assert(kTile == 64, "a lane has two keys' probabilities");
 
 // Of a group of `heads`: queries and sums [heads, head_dim], maxima and sums [heads], values, and logits [heads, kTile],
 // the place of which the weights of the parts take at the end.
@@ -35,31 +36,39 @@ int shared_bytes(int heads, int head_dim, int splits) {
 // Joins the parts of a group's heads. weights: shared, [group, splits].
 template <int kHeadDim>
 __device__ void join(const Args &args, int first_head, int group, float *weights) {
-    constexpr int kStride = kHeadDim + 2;
-    const int splits = args.splits, lane = threadIdx.x % 32;
+    constexpr int kStride = kHeadDim + 2, kAhead = 16;
+    const int splits = args.splits, lane = threadIdx.x % 32, outputs = group * kHeadDim;
     const float *parts = args.parts + static_cast<size_t>(first_head) * splits * kStride;
+    auto value_at = [&](int output, int split) {
+        return __ldcg(parts + (output / kHeadDim * splits + split) * kStride + output % kHeadDim);
+    };
+    // The first values come while the weights are made.
+    float ahead[kAhead];
+    if (threadIdx.x < outputs)
+#pragma unroll
+        for (int s = 0; s < kAhead; ++s) ahead[s] = s < splits ? value_at(threadIdx.x, s) : 0.f;
     for (int head = threadIdx.x / 32; head < group; head += kWarps) {
-        const float *of_head = parts + head * splits * kStride;
-        float maximum = -INFINITY, total = 0.f;
-        for (int s = lane; s < splits; s += 32) maximum = fmaxf(maximum, __ldcg(of_head + s * kStride + kHeadDim));
+        const float *of_head = parts + head * splits * kStride + kHeadDim;
+        const float own = lane < splits ? __ldcg(of_head + lane * kStride) : -INFINITY;
+        const float sum = lane < splits ? __ldcg(of_head + lane * kStride + 1) : 0.f;
+        float maximum = own;
         for (int offset = 16; offset > 0; offset /= 2)
             maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, offset));
-        for (int s = lane; s < splits; s += 32) {
-            const float weight = exp2f(__ldcg(of_head + s * kStride + kHeadDim) - maximum);
-            weights[head * splits + s] = weight;
-            total += weight * __ldcg(of_head + s * kStride + kHeadDim + 1);
-        }
+        const float weight = exp2f(own - maximum);
+        float total = weight * sum;
         for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(0xffffffffu, total, offset);
-        __syncwarp();
-        for (int s = lane; s < splits; s += 32) weights[head * splits + s] /= total;
+        if (lane < splits) weights[head * splits + lane] = weight / total;
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < group * kHeadDim; i += kThreads) {
-        const int head = i / kHeadDim, d = i % kHeadDim;
-        const float *of_head = parts + head * splits * kStride + d;
+    for (int i = threadIdx.x; i < outputs; i += kThreads) {
+        const float *of_output = weights + i / kHeadDim * splits;
         float value = 0.f;
-#pragma unroll 16
-        for (int s = 0; s < splits; ++s) value += weights[head * splits + s] * __ldcg(of_head + s * kStride);
+#pragma unroll
+        for (int s = 0; s < kAhead; ++s) {
+            if (s >= splits) break;
+            value += of_output[s] * (i < kThreads ? ahead[s] : value_at(i, s));
+        }
+        for (int s = kAhead; s < splits; ++s) value += of_output[s] * value_at(i, s);
         args.out[first_head * kHeadDim + i] = __float2bfloat16(value);
     }
 }
@@ -83,6 +92,19 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const Args a
     const int oldest = args.window ? max(0, position + 1 - args.window) : 0;
     const int share = (position + args.splits - oldest) / args.splits;  // keys of a part, rounded up
     const int begin = oldest + split * share, end = min(begin + share, position + 1);
+    const int key = threadIdx.x / kPerKey, part = threadIdx.x % kPerKey;
+    constexpr int kVectors = kHeadDim / 8 / kPerKey;  // of a thread
+    uint4 k_part[kVectors] = {}, v_part[kVectors] = {};
+    auto load = [&](int tile) {
+        if (tile + key >= end) return;
+        const size_t at = (tile + key) * stride + part * kVectors * 8;
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i) {
+            k_part[i] = reinterpret_cast<const uint4 *>(k + at)[i];
+            v_part[i] = reinterpret_cast<const uint4 *>(v + at)[i];
+        }
+    };
+    load(begin);
     for (int i = threadIdx.x; i < group * kHeadDim; i += kThreads) {
         // The logarithm's base is two, so that the exponential is one instruction.
         q[i] = __bfloat162float(args.qkv[position * stride + kv_head * group * kHeadDim + i]) * args.scale;
@@ -93,17 +115,6 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const Args a
 
     for (int tile = begin; tile < end; tile += kTile) {
         const int keys = min(kTile, end - tile);
-        const int key = threadIdx.x / kPerKey, part = threadIdx.x % kPerKey;
-        constexpr int kVectors = kHeadDim / 8 / kPerKey;  // of a thread
-        uint4 k_part[kVectors] = {};
-        if (key < keys) {
-            const size_t at = (tile + key) * stride + part * kVectors * 8;
-#pragma unroll
-            for (int i = 0; i < kVectors; ++i) {
-                k_part[i] = reinterpret_cast<const uint4 *>(k + at)[i];
-                values[(key * kPerKey + part) * kVectors + i] = reinterpret_cast<const uint4 *>(v + at)[i];
-            }
-        }
         for (int head = 0; head < group; ++head) {
             const auto *at = reinterpret_cast<const float4 *>(q + head * kHeadDim) + part * kVectors * 2;
             float logit = 0.f;
@@ -119,15 +130,21 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const Args a
             for (int offset = 1; offset < kPerKey; offset *= 2) logit += __shfl_xor_sync(0xffffffffu, logit, offset);
             if (part == 0) logits[head * kTile + key] = logit;
         }
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i) values[(key * kPerKey + part) * kVectors + i] = v_part[i];
+        load(tile + kTile);
         __syncthreads();
 
         for (int head = warp; head < group; head += kWarps) {
             float *probabilities = logits + head * kTile;
-            const float logit = lane < keys ? probabilities[lane] : -INFINITY;
-            float maximum = fmaxf(maxima[head], logit);
+            const float low = lane < keys ? probabilities[lane] : -INFINITY;
+            const float high = lane + 32 < keys ? probabilities[lane + 32] : -INFINITY;
+            float maximum = fmaxf(maxima[head], fmaxf(low, high));
             for (int offset = 16; offset > 0; offset /= 2)
                 maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, offset));
-            float total = probabilities[lane] = exp2f(logit - maximum);
+            probabilities[lane] = exp2f(low - maximum);
+            probabilities[lane + 32] = exp2f(high - maximum);
+            float total = probabilities[lane] + probabilities[lane + 32];
             for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(0xffffffffu, total, offset);
             const float rescale = exp2f(maxima[head] - maximum);
             __syncwarp();
@@ -161,12 +178,15 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const Args a
         const float value = d < kHeadDim ? sums[head * kHeadDim + d] : d == kHeadDim ? maxima[head] : totals[head];
         args.parts[(static_cast<size_t>(kv_head * group + head) * args.splits + split) * (kHeadDim + 2) + d] = value;
     }
-    __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) last_part = atomicAdd(args.done + kv_head, 1) == args.splits - 1;
+    if (threadIdx.x == 0) {
+        // Orders what the CTA wrote before the count, and the count before what it reads of others.
+        __threadfence();
+        last_part = atomicAdd(args.done + kv_head, 1) == args.splits - 1;
+        __threadfence();
+    }
     __syncthreads();
     if (!last_part) return;
-    __threadfence();
     join<kHeadDim>(args, kv_head * group, group, logits);
     if (threadIdx.x == 0) args.done[kv_head] = 0;
 }

@@ -49,12 +49,13 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
         : "memory");
 }
 
-// Arrives at the barrier that lies where `barrier` does in the CTA of this rank in the cluster.
+// Arrives at the barrier that lies where `barrier` does in the CTA of this rank in the cluster. That what this thread
+// wrote be visible there is not promised, and would cost a wait.
 __device__ inline void barrier_arrive(uint32_t barrier, uint32_t rank) {
     asm volatile(
         "{\n.reg .b32 remote;\n"
         "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}"
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}"
         ::"r"(barrier), "r"(rank)
         : "memory");
 }

@@ -18,7 +18,7 @@ pub const STEP_WORDS: usize = 4;
 pub const SELECTED_WORDS: usize = 3;
 
 /// Parts that the keys are cut into where one new row attends to them.
-pub const ATTENTION_SPLITS: usize = 32;
+pub const ATTENTION_SPLITS: usize = 16;
 
 /// Keys that share a pair of softmax statistics.
 const STATS_KEYS: usize = 128;
@@ -376,8 +376,8 @@ mod tests {
         let cache = 24 * 1100 * 18 * 64 * 2;
         let row = 2 * 896 * 2 + 896 * 2 + 4864 * 2;
         let tables = 2 * 1100 * 32 * 8;
-        // Of each query head and of each of 32 parts a sum of values, a maximum and a total.
-        let parts = 14 * 32 * 66 * 4;
+        // Of each query head and of each of 16 parts a sum of values, a maximum and a total.
+        let parts = 14 * 16 * 66 * 4;
         let logits_and_tokens = (151936 + 1000) * 4;
         // Done parts of two key heads; two counts, two integers of state, a token, two 64-bit words of sampling.
         let integers = (2 + 2 + 2 + 1 + 4) * 4;
