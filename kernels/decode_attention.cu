@@ -1,9 +1,10 @@
-// Attention of one new row over its cache. The keys are cut into equal parts, a CTA a part and key head, which serves all
-// query heads of its group; the CTA that ends last joins the parts, in their order.
+// Attention of one new row over its cache. The keys are cut into equal parts, a CTA a part and key head, which serves up
+// to 16 query heads of its group; the CTA that ends last joins the parts, in their order.
 //
-// A tile is 64 keys: four threads make a key's products with all queries of the group, then a warp a head makes its
-// probabilities and their sum over the values. The next tile is on its way meanwhile: what this kernel takes is waiting for
-// memory, not arithmetic.
+// A tile is 64 keys, 8 of them a warp's for the products with the queries; for the sum over the values a warp has an eighth
+// of the dimensions. Both run on the tensor cores with the heads as rows. Probabilities go in as two bf16 numbers, the
+// second for what the first leaves, which together hold 16 bits. The next tile's keys and values are on their way
+// meanwhile: what this kernel takes is waiting for memory.
 #include <math.h>
 
 #include "common.cuh"
@@ -12,32 +13,35 @@
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kTile = 64;  // keys
-constexpr int kPerKey = kThreads / kTile;  // threads
+constexpr int kHeads = 16, kTile = 64;
 
 struct Args {
-    bf16 *out;        // [num_heads, head_dim]
-    float *parts;     // [num_heads, splits, head_dim + 2]: sum of values, maximum, sum
-    int32_t *done;    // [num_kv_heads]
+    bf16 *out;     // [num_heads, head_dim]
+    float *parts;  // [num_heads, splits, head_dim + 2]: sum of values, maximum, sum
+    int32_t *done;
     const bf16 *qkv;
     const int32_t *position;
     int splits, num_heads, num_kv_heads, window;
     float scale;
 };
 
-static_assert(kTile == 64, "a lane has two keys' probabilities");
-
-// Of a group of `heads`: queries and sums [heads, head_dim], maxima and sums [heads], values, and logits [heads, kTile],
-// the place of which the weights of the parts take at the end.
-int shared_bytes(int heads, int head_dim, int splits) {
-    return heads * (2 * head_dim + (splits > kTile ? splits : kTile) + 2) * 4 + kTile * head_dim * 2;
-}
-
-// Joins the parts of a group's heads. weights: shared, [group, splits].
 template <int kHeadDim>
-__device__ void join(const Args &args, int first_head, int group, float *weights) {
+struct Shared {
+    uint4 values[kTile * kHeadDim / 8];        // rows of kHeadDim, their pieces of 16 bytes swizzled
+    bf16 probabilities[2][kHeads * kTile];     // swizzled likewise
+    float maxima[kWarps][kHeads], sums[kWarps][kHeads];
+    float weights[kHeads][32];                 // of the parts
+    bool last_part;
+};
+
+// Place of piece `piece` of a row of `pieces` of them.
+__device__ int swizzled(int row, int piece, int pieces) { return row * pieces + (piece ^ row % 8); }
+
+// Joins the parts of `heads` heads.
+template <int kHeadDim>
+__device__ void join(const Args &args, int first_head, int heads, Shared<kHeadDim> &shared) {
     constexpr int kStride = kHeadDim + 2, kAhead = 16;
-    const int splits = args.splits, lane = threadIdx.x % 32, outputs = group * kHeadDim;
+    const int splits = args.splits, lane = threadIdx.x % 32, outputs = heads * kHeadDim;
     const float *parts = args.parts + static_cast<size_t>(first_head) * splits * kStride;
     auto value_at = [&](int output, int split) {
         return __ldcg(parts + (output / kHeadDim * splits + split) * kStride + output % kHeadDim);
@@ -47,7 +51,7 @@ __device__ void join(const Args &args, int first_head, int group, float *weights
     if (threadIdx.x < outputs)
 #pragma unroll
         for (int s = 0; s < kAhead; ++s) ahead[s] = s < splits ? value_at(threadIdx.x, s) : 0.f;
-    for (int head = threadIdx.x / 32; head < group; head += kWarps) {
+    for (int head = threadIdx.x / 32; head < heads; head += kWarps) {
         const float *of_head = parts + head * splits * kStride + kHeadDim;
         const float own = lane < splits ? __ldcg(of_head + lane * kStride) : -INFINITY;
         const float sum = lane < splits ? __ldcg(of_head + lane * kStride + 1) : 0.f;
@@ -57,11 +61,11 @@ __device__ void join(const Args &args, int first_head, int group, float *weights
         const float weight = exp2f(own - maximum);
         float total = weight * sum;
         for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(0xffffffffu, total, offset);
-        if (lane < splits) weights[head * splits + lane] = weight / total;
+        shared.weights[head][lane] = weight / total;
     }
     __syncthreads();
     for (int i = threadIdx.x; i < outputs; i += kThreads) {
-        const float *of_output = weights + i / kHeadDim * splits;
+        const float *of_output = shared.weights[i / kHeadDim];
         float value = 0.f;
 #pragma unroll
         for (int s = 0; s < kAhead; ++s) {
@@ -75,14 +79,14 @@ __device__ void join(const Args &args, int first_head, int group, float *weights
 
 template <int kHeadDim>
 __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const Args args) {
-    extern __shared__ __align__(16) unsigned char shared[];
-    __shared__ bool last_part;
+    constexpr int kPieces = kHeadDim / 8;            // of a row
+    constexpr int kSteps = kHeadDim / 16;            // of a product over the dimensions
+    constexpr int kColumns = kHeadDim / 8 / kWarps;  // groups of eight dimensions of a warp
+    constexpr int kVectors = kHeadDim / 32;          // of 16 bytes, of a lane's quarter of a key or query
+    __shared__ Shared<kHeadDim> shared;
     const int group = args.num_heads / args.num_kv_heads, split = blockIdx.x, kv_head = blockIdx.y;
+    const int first_head = kv_head * group + blockIdx.z * kHeads, heads = min(kHeads, group - blockIdx.z * kHeads);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    auto *values = reinterpret_cast<uint4 *>(shared);  // [kTile, kHeadDim]
-    auto *q = reinterpret_cast<float *>(values + kTile * kHeadDim / 8);
-    float *sums = q + group * kHeadDim, *maxima = sums + group * kHeadDim, *totals = maxima + group;
-    float *logits = totals + group;
     const size_t stride = static_cast<size_t>(args.num_heads + 2 * args.num_kv_heads) * kHeadDim;
     const bf16 *k = args.qkv + (args.num_heads + kv_head) * kHeadDim, *v = k + args.num_kv_heads * kHeadDim;
 
@@ -92,109 +96,145 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const Args a
     const int oldest = args.window ? max(0, position + 1 - args.window) : 0;
     const int share = (position + args.splits - oldest) / args.splits;  // keys of a part, rounded up
     const int begin = oldest + split * share, end = min(begin + share, position + 1);
-    const int key = threadIdx.x / kPerKey, part = threadIdx.x % kPerKey;
-    constexpr int kVectors = kHeadDim / 8 / kPerKey;  // of a thread
-    uint4 k_part[kVectors] = {}, v_part[kVectors] = {};
-    auto load = [&](int tile) {
-        if (tile + key >= end) return;
-        const size_t at = (tile + key) * stride + part * kVectors * 8;
+
+    // The order of the dimensions in a product is free as long as keys and queries agree: lane % 4 takes a quarter that
+    // lies in one piece. Words 2 s and 2 s + 1 of it are what step s wants.
+    const int quarter = lane % 4 * (kHeadDim / 4);
+    uint32_t k_part[kSteps * 2] = {}, q_low[kSteps * 2] = {}, q_high[kSteps * 2] = {};
+    uint4 v_part[kPieces / 4] = {};
+    auto load_quarter = [&](uint32_t (&to)[kSteps * 2], const bf16 *row) {
 #pragma unroll
         for (int i = 0; i < kVectors; ++i) {
-            k_part[i] = reinterpret_cast<const uint4 *>(k + at)[i];
-            v_part[i] = reinterpret_cast<const uint4 *>(v + at)[i];
+            const uint4 four = reinterpret_cast<const uint4 *>(row + quarter)[i];
+            to[i * 4] = four.x, to[i * 4 + 1] = four.y, to[i * 4 + 2] = four.z, to[i * 4 + 3] = four.w;
         }
     };
+    // Keys as the products want them; of the values, a row four threads.
+    auto load = [&](int tile) {
+        const int key = tile + warp * 8 + lane / 4, row = tile + threadIdx.x / 4;
+        if (key < end) load_quarter(k_part, k + key * stride);
+#pragma unroll
+        for (int i = 0; i < kPieces / 4; ++i)
+            v_part[i] = row < end ? reinterpret_cast<const uint4 *>(v + row * stride)[threadIdx.x % 4 + i * 4] : uint4{};
+    };
     load(begin);
-    for (int i = threadIdx.x; i < group * kHeadDim; i += kThreads) {
-        // The logarithm's base is two, so that the exponential is one instruction.
-        q[i] = __bfloat162float(args.qkv[position * stride + kv_head * group * kHeadDim + i]) * args.scale;
-        sums[i] = 0.f;
-    }
-    for (int i = threadIdx.x; i < group; i += kThreads) maxima[i] = -INFINITY, totals[i] = 0.f;
-    __syncthreads();
+    const bf16 *q = args.qkv + position * stride + first_head * kHeadDim;
+    if (lane / 4 < heads) load_quarter(q_low, q + lane / 4 * kHeadDim);
+    if (lane / 4 + 8 < heads) load_quarter(q_high, q + (lane / 4 + 8) * kHeadDim);
 
+    // Of the heads lane / 4 and lane / 4 + 8.
+    float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {}, values[kColumns][4] = {};
     for (int tile = begin; tile < end; tile += kTile) {
-        const int keys = min(kTile, end - tile);
-        for (int head = 0; head < group; ++head) {
-            const auto *at = reinterpret_cast<const float4 *>(q + head * kHeadDim) + part * kVectors * 2;
-            float logit = 0.f;
+        float logits[4] = {};
 #pragma unroll
-            for (int i = 0; i < kVectors; ++i) {
-                const float4 low = at[i * 2], high = at[i * 2 + 1];
-                const float2 k0 = unpack(k_part[i].x), k1 = unpack(k_part[i].y), k2 = unpack(k_part[i].z),
-                             k3 = unpack(k_part[i].w);
-                logit += low.x * k0.x + low.y * k0.y + low.z * k1.x + low.w * k1.y + high.x * k2.x + high.y * k2.y +
-                         high.z * k3.x + high.w * k3.y;
-            }
-#pragma unroll
-            for (int offset = 1; offset < kPerKey; offset *= 2) logit += __shfl_xor_sync(0xffffffffu, logit, offset);
-            if (part == 0) logits[head * kTile + key] = logit;
+        for (int s = 0; s < kSteps; ++s) {
+            const uint32_t a[4] = {q_low[s * 2], q_high[s * 2], q_low[s * 2 + 1], q_high[s * 2 + 1]};
+            mma(logits, a, k_part[s * 2], k_part[s * 2 + 1]);
         }
 #pragma unroll
-        for (int i = 0; i < kVectors; ++i) values[(key * kPerKey + part) * kVectors + i] = v_part[i];
+        for (int i = 0; i < kPieces / 4; ++i)
+            shared.values[swizzled(threadIdx.x / 4, threadIdx.x % 4 + i * 4, kPieces)] = v_part[i];
         load(tile + kTile);
+
+        const int key = tile + warp * 8 + lane % 4 * 2;
+        float largest[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                float &logit = logits[half * 2 + i];
+                logit = key + i < end ? logit * args.scale : -INFINITY;
+            }
+            largest[half] = fmaxf(logits[half * 2], logits[half * 2 + 1]);
+            for (int offset = 1; offset < 4; offset *= 2)
+                largest[half] = fmaxf(largest[half], __shfl_xor_sync(0xffffffffu, largest[half], offset));
+            if (lane % 4 == 0) shared.maxima[warp][lane / 4 + half * 8] = largest[half];
+        }
         __syncthreads();
 
-        for (int head = warp; head < group; head += kWarps) {
-            float *probabilities = logits + head * kTile;
-            const float low = lane < keys ? probabilities[lane] : -INFINITY;
-            const float high = lane + 32 < keys ? probabilities[lane + 32] : -INFINITY;
-            float maximum = fmaxf(maxima[head], fmaxf(low, high));
-            for (int offset = 16; offset > 0; offset /= 2)
-                maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, offset));
-            probabilities[lane] = exp2f(low - maximum);
-            probabilities[lane + 32] = exp2f(high - maximum);
-            float total = probabilities[lane] + probabilities[lane + 32];
-            for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(0xffffffffu, total, offset);
-            const float rescale = exp2f(maxima[head] - maximum);
-            __syncwarp();
-            if (lane == 0) {
-                maxima[head] = maximum;
-                totals[head] = totals[head] * rescale + total;
-            }
-            float2 sum[kHeadDim / 64] = {};
-#pragma unroll 8
-            for (int i = 0; i < keys; ++i) {
-                const float probability = probabilities[i];
+        float rescale[2];
 #pragma unroll
-                for (int p = 0; p < kHeadDim / 64; ++p) {
-                    const float2 value =
-                        unpack(reinterpret_cast<const uint32_t *>(values)[i * kHeadDim / 2 + p * 32 + lane]);
-                    sum[p].x += probability * value.x;
-                    sum[p].y += probability * value.y;
-                }
-            }
+        for (int half = 0; half < 2; ++half) {
+            const int head = lane / 4 + half * 8;
+            float next = maximum[half];
 #pragma unroll
-            for (int p = 0; p < kHeadDim / 64; ++p) {
-                auto *at = reinterpret_cast<float2 *>(sums + head * kHeadDim) + p * 32 + lane;
-                *at = {at->x * rescale + sum[p].x, at->y * rescale + sum[p].y};
+            for (int w = 0; w < kWarps; ++w) next = fmaxf(next, shared.maxima[w][head]);
+            rescale[half] = exp2f(maximum[half] - next);
+            maximum[half] = next;
+            const float p0 = exp2f(logits[half * 2] - next), p1 = exp2f(logits[half * 2 + 1] - next);
+            const uint32_t first = pack(p0, p1);
+            const float2 rounded = unpack(first);
+            const int at = swizzled(head, warp, kTile / 8) * 8 + lane % 4 * 2;
+            *reinterpret_cast<uint32_t *>(shared.probabilities[0] + at) = first;
+            *reinterpret_cast<uint32_t *>(shared.probabilities[1] + at) = pack(p0 - rounded.x, p1 - rounded.y);
+            float part = p0 + p1;
+            for (int offset = 1; offset < 4; offset *= 2) part += __shfl_xor_sync(0xffffffffu, part, offset);
+            if (lane % 4 == 0) shared.sums[warp][head] = part;
+        }
+        __syncthreads();
+
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            sum[half] *= rescale[half];
+#pragma unroll
+            for (int w = 0; w < kWarps; ++w) sum[half] += shared.sums[w][lane / 4 + half * 8];
+#pragma unroll
+            for (int c = 0; c < kColumns; ++c) {
+                values[c][half * 2] *= rescale[half];
+                values[c][half * 2 + 1] *= rescale[half];
+            }
+        }
+#pragma unroll
+        for (int s = 0; s < kTile / 16; ++s) {
+            uint32_t p[2][4];
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                load_matrices(p[i], shared_address(shared.probabilities[i] +
+                                                   swizzled(lane % 16, s * 2 + lane / 16, kTile / 8) * 8));
+#pragma unroll
+            for (int c = 0; c < kColumns; ++c) {
+                // Keys 16 s to 16 s + 15 of eight dimensions, and the same again.
+                uint32_t b[4];
+                load_matrices_transposed(
+                    b, shared_address(shared.values + swizzled(s * 16 + lane % 16, warp * kColumns + c, kPieces)));
+                mma(values[c], p[0], b[0], b[1]);
+                mma(values[c], p[1], b[0], b[1]);
             }
         }
         __syncthreads();
     }
 
-    for (int i = threadIdx.x; i < group * (kHeadDim + 2); i += kThreads) {
-        const int head = i / (kHeadDim + 2), d = i % (kHeadDim + 2);
-        const float value = d < kHeadDim ? sums[head * kHeadDim + d] : d == kHeadDim ? maxima[head] : totals[head];
-        args.parts[(static_cast<size_t>(kv_head * group + head) * args.splits + split) * (kHeadDim + 2) + d] = value;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int head = lane / 4 + half * 8;
+        if (head >= heads) continue;
+        float *part = args.parts + (static_cast<size_t>(first_head + head) * args.splits + split) * (kHeadDim + 2);
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c)
+            *reinterpret_cast<float2 *>(part + (warp * kColumns + c) * 8 + lane % 4 * 2) = {values[c][half * 2],
+                                                                                           values[c][half * 2 + 1]};
+        if (warp == 0 && lane % 4 == 0) *reinterpret_cast<float2 *>(part + kHeadDim) = {maximum[half], sum[half]};
     }
     __syncthreads();
+    int32_t *done = args.done + kv_head * gridDim.z + blockIdx.z;
     if (threadIdx.x == 0) {
         // Orders what the CTA wrote before the count, and the count before what it reads of others.
         __threadfence();
-        last_part = atomicAdd(args.done + kv_head, 1) == args.splits - 1;
+        shared.last_part = atomicAdd(done, 1) == args.splits - 1;
         __threadfence();
     }
     __syncthreads();
-    if (!last_part) return;
-    join<kHeadDim>(args, kv_head * group, group, logits);
-    if (threadIdx.x == 0) args.done[kv_head] = 0;
+    if (!shared.last_part) return;
+    join<kHeadDim>(args, first_head, heads, shared);
+    if (threadIdx.x == 0) *done = 0;
 }
 
 template <int kHeadDim>
 int32_t launch(const Args &args, void *stream) {
-    return launch_overlapping(decode_attention_kernel<kHeadDim>, dim3(args.splits, args.num_kv_heads), kThreads,
-                              shared_bytes(args.num_heads / args.num_kv_heads, kHeadDim, args.splits), stream, args);
+    const int group = args.num_heads / args.num_kv_heads;
+    return launch_overlapping(decode_attention_kernel<kHeadDim>,
+                              dim3(args.splits, args.num_kv_heads, (group + kHeads - 1) / kHeads), kThreads, 0, stream,
+                              args);
 }
 
 }  // namespace
@@ -212,6 +252,7 @@ extern "C" int32_t gleaner_decode_attention(void *out, float *parts, int32_t *do
                     num_heads,
                     num_kv_heads,
                     window,
+                    // The logarithm's base is two, so that the exponential is one instruction.
                     kLog2E / sqrtf(static_cast<float>(head_dim))};
     switch (head_dim) {
         case 64: return launch<64>(args, stream);

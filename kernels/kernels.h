@@ -75,7 +75,7 @@ int32_t gleaner_head_norm(void *x, const void *q_norm, const void *k_norm, const
                           int32_t q_heads, int32_t heads, int32_t head_dim, float eps, void *stream);
 
 // out [num_heads * head_dim]: the row at *position of qkv over the rows up to it, as gleaner_attention. The keys are cut
-// into `splits` parts, at most 32; parts: fp32 [num_heads, splits, head_dim + 2]; done: int [num_kv_heads], zero before and after.
+// into `splits` parts, at most 32; parts: fp32 [num_heads, splits, head_dim + 2]; done: int [num_heads], zero before and after.
 int32_t gleaner_decode_attention(void *out, float *parts, int32_t *done, const void *qkv, const int32_t *position,
                                  int32_t splits, int32_t num_heads, int32_t num_kv_heads, int32_t head_dim,
                                  int32_t window, void *stream);
@@ -177,7 +177,7 @@ typedef struct {
     int32_t tokens;    // of the answer
 } GleanerAnswer;
 
-#define GLEANER_NO_TOKEN 0xffffffffu  // a logit was not a number
+#define GLEANER_NO_TOKEN 0xffffffffu  // a logit was not a number or infinite, or all were minus infinity
 
 // The next token from logits fp32 [vocab_size]: written to *token and to slot `tokens % slots` of `sent`, which may be host
 // memory; then the answer's position and number of tokens grow by one.

@@ -175,16 +175,25 @@ __global__ void __launch_bounds__(kThreads, 1)
     __shared__ Shared shared;
     start_next();
     wait_for_previous();
-    Wide best = 0;
+    float largest = -INFINITY;
+    int at = 0;
     bool valid = true;
-    for (int id = threadIdx.x; id < vocab_size; id += kThreads) {
-        const float logit = logits[id];
+    // A thread meets its logits in the order of their ids, so that of equals it keeps the first.
+    auto look = [&](float logit, int id) {
         valid &= logit < INFINITY;  // false for NaN, too
-        const Wide candidate = ordered(logit, id);
-        best = candidate > best ? candidate : best;
+        if (logit > largest) largest = logit, at = id;
+    };
+    const int fours = vocab_size / 4;
+#pragma unroll 8
+    for (int i = threadIdx.x; i < fours; i += kThreads) {
+        const float4 four = reinterpret_cast<const float4 *>(logits)[i];
+        look(four.x, i * 4), look(four.y, i * 4 + 1), look(four.z, i * 4 + 2), look(four.w, i * 4 + 3);
     }
+    for (int id = fours * 4 + threadIdx.x; id < vocab_size; id += kThreads) look(logits[id], id);
     valid = __syncthreads_and(valid);
-    best = block_max(best);
+    // A thread that met nothing above minus infinity has no token to offer.
+    const Wide best = block_max(largest > -INFINITY ? ordered(largest, at) : 0);
+    valid &= best > 0;
     uint32_t chosen = id_of(best);
     if (valid && sampling->temperature > 0.f) {
         const Draw draw{logits, vocab_size, logits[chosen], sampling->temperature};

@@ -5,11 +5,12 @@ use std::cmp::Ordering;
 use crate::reader::Sampling;
 
 /// The token that `sampling` takes from `logits` as the `index`th of an answer: the likeliest (of equals the one of
-/// smaller id) at temperature 0, else a draw. `None` if a logit is not a number or infinitely large.
+/// smaller id) at temperature 0, else a draw. `None` if a logit is not a number or infinitely large, or all are infinitely small.
 ///
 /// `kernels/sample.cu` does the same on a GPU.
 pub fn sample(logits: &[f32], sampling: &Sampling, index: usize) -> Option<u32> {
-    if logits.iter().any(|logit| logit.is_nan() || *logit == f32::INFINITY) {
+    let wrong = |logit: &f32| logit.is_nan() || *logit == f32::INFINITY;
+    if logits.iter().any(wrong) || logits.iter().all(|logit| *logit == f32::NEG_INFINITY) {
         return None;
     }
     // Comparable, as none is NaN; of -0 and 0 none is larger.
@@ -71,6 +72,7 @@ mod tests {
         assert_eq!(sample(&[-1.0, -0.0, 0.0], &with(0.0, 1.0, 0), 0), Some(1));
         assert_eq!(sample(&[0.0, f32::NAN], &with(0.0, 1.0, 0), 0), None);
         assert_eq!(sample(&[0.0, f32::INFINITY], &with(0.0, 1.0, 0), 0), None);
+        assert_eq!(sample(&[f32::NEG_INFINITY; 2], &with(1.0, 1.0, 0), 0), None);
     }
 
     #[test]

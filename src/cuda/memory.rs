@@ -235,7 +235,7 @@ const ANSWER_WORDS: usize = 2 + 2 + 1 + 4;
 impl AnswerSizes {
     pub fn new(config: &Config, prompt_tokens: usize, max_new_tokens: usize) -> AnswerSizes {
         let positions = prompt_tokens + max_new_tokens;
-        let (q, kv, dim) = (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
+        let (q, dim) = (config.num_attention_heads, config.head_dim);
         AnswerSizes {
             prompt: ActivationSizes::new(config, prompt_tokens, positions),
             one: ActivationSizes::new(config, 1, positions),
@@ -243,7 +243,7 @@ impl AnswerSizes {
             logits: vocab_rows(config),
             prompt_tokens,
             parts: q * ATTENTION_SPLITS * (dim + 2),
-            done: kv,
+            done: q,
             state: ANSWER_WORDS,
         }
     }
@@ -379,8 +379,8 @@ mod tests {
         // Of each query head and of each of 16 parts a sum of values, a maximum and a total.
         let parts = 14 * 16 * 66 * 4;
         let logits_and_tokens = (151936 + 1000) * 4;
-        // Done parts of two key heads; two counts, two integers of state, a token, two 64-bit words of sampling.
-        let integers = (2 + 2 + 2 + 1 + 4) * 4;
+        // Done parts of as many heads as there may be key heads; two counts, two integers of state, a token, two 64-bit words of sampling.
+        let integers = (14 + 2 + 2 + 1 + 4) * 4;
         let expected = cache + 1001 * row + tables + parts + logits_and_tokens + integers;
         assert_eq!(AnswerSizes::new(&qwen(), 1000, 100).bytes(24), expected);
     }

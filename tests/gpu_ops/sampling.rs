@@ -131,5 +131,10 @@ fn the_likeliest_token_is_taken_at_temperature_zero() {
             logits[vocab_size / 3] = bad;
             assert_eq!(answer.next(&gpu.upload(&logits), &greedy, 5), NO_TOKEN);
         }
+        logits.fill(f32::NEG_INFINITY);
+        for temperature in [0.0, 1.0] {
+            let sampling = Sampling { temperature, ..Sampling::default() };
+            assert_eq!(answer.next(&gpu.upload(&logits), &sampling, 5), NO_TOKEN);
+        }
     }
 }

@@ -28,8 +28,8 @@ pub struct AttentionParts {
 
 impl AttentionParts {
     /// Elements of its two buffers.
-    pub(in crate::cuda) fn lens(q: usize, kv: usize, dim: usize) -> [usize; 2] {
-        [q * ATTENTION_SPLITS * (dim + 2), kv]
+    pub(in crate::cuda) fn lens(q: usize, dim: usize) -> [usize; 2] {
+        [q * ATTENTION_SPLITS * (dim + 2), q]
     }
 
     /// For layers of so many heads.
@@ -41,7 +41,7 @@ impl AttentionParts {
     }
 
     pub(in crate::cuda) fn allocate(allocator: &mut Allocator, heads: Heads) -> Result<AttentionParts> {
-        let [parts, done] = AttentionParts::lens(heads.q, heads.kv, heads.dim);
+        let [parts, done] = AttentionParts::lens(heads.q, heads.dim);
         Ok(AttentionParts { parts: allocator.zeros(parts)?, done: allocator.zeros(done)? })
     }
 }
@@ -247,7 +247,7 @@ impl CudaDevice {
         let op = || format!("decode_attention [{} of {} heads of {}]", heads.q, heads.kv, heads.dim);
         check_heads(&op, heads)?;
         require(out.len() >= heads.q * heads.dim, op, "the output is smaller than a row")?;
-        let lens = AttentionParts::lens(heads.q, heads.kv, heads.dim);
+        let lens = AttentionParts::lens(heads.q, heads.dim);
         require(parts.parts.len() >= lens[0] && parts.done.len() >= lens[1], op, "the parts are for fewer heads")?;
         let position = self.shift(Some(position))?;
         // SAFETY: as in `rms_norm`; the caller keeps the position below the rows of `qkv`.
