@@ -63,8 +63,22 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(Operands operands, Ep
         copy_commit();
     }
 
+    const int warp_m = warp / 4 * kWarpM, warp_n = warp % 4 * kWarpN, pair = lane % 4 * 2;
+    auto row_of = [&](int i, int half) { return m0 + warp_m + i * 16 + half * 8 + lane / 4; };
     float c[kFragmentsM][kFragmentsN][4] = {};
-    const int warp_m = warp / 4 * kWarpM, warp_n = warp % 4 * kWarpN;
+#pragma unroll
+    for (int j = 0; j < kFragmentsN; j += 2)
+#pragma unroll
+        for (int i = 0; i < kFragmentsM; ++i)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = row_of(i, half), group = n0 + warp_n + j * 8;
+                if (row >= rows || group >= n) continue;
+                const float4 from = start(epilogue, operands.bias, row, group, pair);
+                c[i][j][half * 2] = from.x, c[i][j][half * 2 + 1] = from.y;
+                c[i][j + 1][half * 2] = from.z, c[i][j + 1][half * 2 + 1] = from.w;
+            }
+
     for (int tile = 0; tile < tiles; ++tile) {
         copy_wait<kStages - 2>();
         __syncthreads();
@@ -90,32 +104,20 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(Operands operands, Ep
     copy_wait<0>();
 
 #pragma unroll
-    for (int j = 0; j < kFragmentsN; j += 2) {
-        const int column = n0 + warp_n + j * 8 + lane % 4 * 2;
-        if (column >= n) continue;
-        float2 bias_low{}, bias_high{};
-        if (operands.bias) {
-            bias_low = unpack(*reinterpret_cast<const uint32_t *>(operands.bias + column));
-            bias_high = unpack(*reinterpret_cast<const uint32_t *>(operands.bias + column + 8));
-        }
-        // Asked for before anything is written, or each load would wait for the stores before it.
-        typename Epilogue::Loaded loaded[kFragmentsM * 2];
+    for (int i = 0; i < kFragmentsM; ++i) {
 #pragma unroll
-        for (int i = 0; i < kFragmentsM * 2; ++i) {
-            const int row = m0 + warp_m + i * 8 + lane / 4;
-            if (row < rows) loaded[i] = epilogue.load(row, column);
-        }
+        for (int half = 0; half < 2; ++half) {
+            const int row = row_of(i, half);
+            if (row >= rows) continue;
+            const typename Epilogue::Row of_row = epilogue.row(row);
 #pragma unroll
-        for (int i = 0; i < kFragmentsM; ++i) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int row = m0 + warp_m + i * 16 + half * 8 + lane / 4;
-                if (row >= rows) continue;
-                const float low[2] = {c[i][j][half * 2] + bias_low.x, c[i][j][half * 2 + 1] + bias_low.y};
-                const float high[2] = {c[i][j + 1][half * 2] + bias_high.x, c[i][j + 1][half * 2 + 1] + bias_high.y};
+            for (int j = 0; j < kFragmentsN; j += 2) {
+                const int group = n0 + warp_n + j * 8;
+                if (group >= n) continue;
+                const float *low = c[i][j] + half * 2, *high = c[i][j + 1] + half * 2;
                 uint32_t words[Epilogue::kWords];
-                epilogue.apply(words, row, column, low, high, loaded[i * 2 + half]);
-                store(epilogue, row, column, words);
+                epilogue.apply(words, of_row, group, pair, {low[0], low[1]}, {high[0], high[1]});
+                store(epilogue, row, group, pair, words);
             }
         }
     }

@@ -119,17 +119,20 @@ __device__ void consume(const Operands &operands, const Epilogue &epilogue, cons
     Ring<kStages<kTileN>> at;
     for (int pair = schedule.cluster(); pair < schedule.pairs; pair += schedule.clusters()) {
         const int row = schedule.row(pair) + warp * 16 + lane / 4;
-        const int tile_column = schedule.column<kTileN>(pair), first_column = tile_column + lane % 4 * 2;
-        // What the epilogue reads is asked for now and is there when the product is.
-        typename Epilogue::Loaded loaded[kTileN / 16][2];
+        const int tile_column = schedule.column<kTileN>(pair), lane_pair = lane % 4 * 2;
+        // The sums start from what the result is added to, which is there about when the first operands are.
+        float c[kTileN / 2];
 #pragma unroll
         for (int j = 0; j < kTileN / 16; ++j)
 #pragma unroll
-            for (int half = 0; half < 2; ++half)
-                if (row + half * 8 < rows && first_column + j * 16 < operands.n)
-                    loaded[j][half] = epilogue.load(row + half * 8, first_column + j * 16);
+            for (int half = 0; half < 2; ++half) {
+                float4 from{};
+                if (row + half * 8 < rows && tile_column + j * 16 < operands.n)
+                    from = start(epilogue, operands.bias, row + half * 8, tile_column + j * 16, lane_pair);
+                float *at = c + j * 8 + half * 2;
+                at[0] = from.x, at[1] = from.y, at[4] = from.z, at[5] = from.w;
+            }
 
-        float c[kTileN / 2];
         int previous = 0;
         for (int k_tile = 0; k_tile < schedule.k_tiles; ++k_tile, at.next()) {
             barrier_wait(full + at.stage * 8, at.parity);
@@ -139,7 +142,7 @@ __device__ void consume(const Operands &operands, const Epilogue &epilogue, cons
             wgmma_fence();
 #pragma unroll
             for (int step = 0; step < kTileK / 16; ++step)
-                wgmma<kTileN>(c, a + step * kDescriptorStep, weight + step * kDescriptorStep, k_tile + step);
+                wgmma<kTileN>(c, a + step * kDescriptorStep, weight + step * kDescriptorStep);
             wgmma_commit();
             wgmma_wait<1>();
             if (k_tile > 0 && lane < kCluster) barrier_arrive(empty + previous * 8, lane);
@@ -149,34 +152,29 @@ __device__ void consume(const Operands &operands, const Epilogue &epilogue, cons
         if (lane < kCluster) barrier_arrive(empty + previous * 8, lane);
 
         // Four groups of eight columns of the output at a time, each lane to store one of them.
-        constexpr int kPairs = 4 / kWords;  // of groups of the product
+        constexpr int kGroups = 4 / kWords;
 #pragma unroll
-        for (int j = 0; j < kTileN / 16; j += kPairs) {
+        for (int half = 0; half < 2; ++half) {
+            const bool live = row + half * 8 < rows;
+            const int live_row = min(row + half * 8, rows - 1);
+            const typename Epilogue::Row of_row = epilogue.row(live_row);
+            bf16 *out = epilogue.out + static_cast<size_t>(live_row) * epilogue.out_stride + lane % 4 * 8;
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
+            for (int j = 0; j < kTileN / 16; j += kGroups) {
                 uint32_t words[4];
 #pragma unroll
-                for (int p = 0; p < kPairs; ++p) {
-                    const int column = first_column + (j + p) * 16;
-                    float2 bias_low{}, bias_high{};
-                    if (operands.bias && column < operands.n) {
-                        bias_low = unpack(__ldg(reinterpret_cast<const uint32_t *>(operands.bias + column)));
-                        bias_high = unpack(__ldg(reinterpret_cast<const uint32_t *>(operands.bias + column + 8)));
-                    }
-                    const float *low_at = c + (j + p) * 8 + half * 2, *high_at = low_at + 4;
-                    const float low[2] = {low_at[0] + bias_low.x, low_at[1] + bias_low.y};
-                    const float high[2] = {high_at[0] + bias_high.x, high_at[1] + bias_high.y};
+                for (int g = 0; g < kGroups; ++g) {
+                    const float *at = c + (j + g) * 8 + half * 2;
                     uint32_t result[kWords];
-                    epilogue.apply(result, min(row + half * 8, rows - 1), column, low, high, loaded[j + p][half]);
+                    epilogue.apply(result, of_row, tile_column + (j + g) * 16, lane_pair, {at[0], at[1]},
+                                   {at[4], at[5]});
 #pragma unroll
-                    for (int w = 0; w < kWords; ++w) words[p * kWords + w] = result[w];
+                    for (int w = 0; w < kWords; ++w) words[g * kWords + w] = result[w];
                 }
-                const uint4 group = transpose(words);
-                const int column = (tile_column + j * 16) * kWords / 2 + lane % 4 * 8;
-                if (row + half * 8 < rows && column < operands.n * kWords / 2)
-                    *reinterpret_cast<uint4 *>(epilogue.out +
-                                               static_cast<size_t>(row + half * 8) * epilogue.out_stride + column) =
-                        group;
+                const uint4 four = transpose(words);
+                const int column = (tile_column + j * 16) * kWords / 2;
+                if (live && column + lane % 4 * 8 < operands.n * kWords / 2)
+                    *reinterpret_cast<uint4 *>(out + column) = four;
             }
         }
     }

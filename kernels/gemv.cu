@@ -143,20 +143,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
             __syncthreads();
         }
         if (part > 0 || lane > 0 || group >= groups) continue;
-        const int column = column_of(group);
-        if (operands.bias) {
-            const float2 low = unpack(*reinterpret_cast<const uint32_t *>(operands.bias + column));
-            const float2 high = unpack(*reinterpret_cast<const uint32_t *>(operands.bias + column + 8));
-            sums[0] += low.x, sums[1] += low.y, sums[2] += high.x, sums[3] += high.y;
-        }
-        const float low[2] = {sums[0], sums[1]}, high[2] = {sums[2], sums[3]};
+        const int first = group / 4 * 16, pair = group % 4 * 2;
         if constexpr (std::is_same_v<Epilogue, Logits>) {
-            *reinterpret_cast<float2 *>(epilogue.out + column) = {low[0], low[1]};
-            *reinterpret_cast<float2 *>(epilogue.out + column + 8) = {high[0], high[1]};
+            *reinterpret_cast<float2 *>(epilogue.out + first + pair) = {sums[0], sums[1]};
+            *reinterpret_cast<float2 *>(epilogue.out + first + pair + 8) = {sums[2], sums[3]};
         } else {
+            const float4 from = start(epilogue, operands.bias, row, first, pair);
+            const float2 low{sums[0] + from.x, sums[1] + from.y}, high{sums[2] + from.z, sums[3] + from.w};
             uint32_t words[Epilogue::kWords];
-            epilogue.apply(words, row, column, low, high, epilogue.load(row, column));
-            store(epilogue, row, column, words);
+            epilogue.apply(words, epilogue.row(row), first, pair, low, high);
+            store(epilogue, row, first, pair, words);
         }
     }
 }
