@@ -1,8 +1,8 @@
 // What becomes of the results of a linear layer. A product has groups of 16 columns, of which a lane holds, for a row,
 // the columns pair, pair + 1 (low) and pair + 8, pair + 9 (high); `pair` is 0, 2, 4 or 6, `group` the group's first column.
 //
-// An epilogue says what a sum starts from, and makes of the sum words of two values that kernels store alone, or four
-// lanes' together.
+// What an epilogue needs of the row's old values it loads before, so that a kernel can ask for them long before the
+// product is there. It makes words of two values, which kernels store alone, or four lanes' together.
 #pragma once
 
 #include "common.cuh"
@@ -14,16 +14,19 @@ struct Residual {
     bf16 *out;
     int out_stride;
     static constexpr int kWords = 2;
+    struct Loaded {
+        uint32_t low, high;
+    };
+    __device__ Loaded load(int row, int group, int pair) const {
+        const auto *at = reinterpret_cast<const uint32_t *>(out + static_cast<size_t>(row) * out_stride + group + pair);
+        return {at[0], at[4]};
+    }
     using Row = Nothing;
     __device__ Nothing row(int) const { return {}; }
-    __device__ float4 initial(int row, int group, int pair) const {
-        const auto *at = reinterpret_cast<const uint32_t *>(out + static_cast<size_t>(row) * out_stride + group + pair);
-        const float2 low = unpack(at[0]), high = unpack(at[4]);
-        return {low.x, low.y, high.x, high.y};
-    }
-    __device__ void apply(uint32_t (&words)[2], Nothing, int, int, float2 low, float2 high) const {
-        words[0] = pack(low.x, low.y);
-        words[1] = pack(high.x, high.y);
+    __device__ void apply(uint32_t (&words)[2], Nothing, int, int, float2 low, float2 high, Loaded old) const {
+        const float2 old_low = unpack(old.low), old_high = unpack(old.high);
+        words[0] = pack(old_low.x + low.x, old_low.y + low.y);
+        words[1] = pack(old_high.x + high.x, old_high.y + high.y);
     }
 };
 
@@ -32,10 +35,11 @@ struct SwiGlu {
     bf16 *out;
     int out_stride;
     static constexpr int kWords = 1;
+    using Loaded = Nothing;
+    __device__ Nothing load(int, int, int) const { return {}; }
     using Row = Nothing;
     __device__ Nothing row(int) const { return {}; }
-    __device__ float4 initial(int, int, int) const { return {}; }
-    __device__ void apply(uint32_t (&words)[1], Nothing, int, int, float2 gate, float2 up) const {
+    __device__ void apply(uint32_t (&words)[1], Nothing, int, int, float2 gate, float2 up, Nothing) const {
         // The fast division is off by two units of 2^-24 at most, and right at both ends.
         words[0] = pack(__fdividef(gate.x, 1.f + __expf(-gate.x)) * up.x, __fdividef(gate.y, 1.f + __expf(-gate.y)) * up.y);
     }
@@ -49,13 +53,15 @@ struct Rope {
     const int32_t *row_start;
     int out_stride, head_dim, rope_columns;
     static constexpr int kWords = 2;
+    using Loaded = Nothing;
+    __device__ Nothing load(int, int, int) const { return {}; }
     using Row = const float2 *;
     // The angles of a row.
     __device__ const float2 *row(int row) const {
         return table + static_cast<size_t>(row + (row_start ? *row_start : 0)) * (head_dim / 2);
     }
-    __device__ float4 initial(int, int, int) const { return {}; }
-    __device__ void apply(uint32_t (&words)[2], const float2 *row, int group, int pair, float2 low, float2 high) const {
+    __device__ void apply(uint32_t (&words)[2], const float2 *row, int group, int pair, float2 low, float2 high,
+                          Nothing) const {
         float4 angles{1.f, 0.f, 1.f, 0.f};
         // Read as constants: else each load would wait for the stores before it.
         if (group < rope_columns)
@@ -65,16 +71,12 @@ struct Rope {
     }
 };
 
-// What the sums of a lane start from, with the bias, which may be null.
-template <class Epilogue>
-__device__ float4 start(const Epilogue &epilogue, const bf16 *bias, int row, int group, int pair) {
-    float4 at = epilogue.initial(row, group, pair);
-    if (bias) {
-        const float2 low = unpack(__ldg(reinterpret_cast<const uint32_t *>(bias + group + pair)));
-        const float2 high = unpack(__ldg(reinterpret_cast<const uint32_t *>(bias + group + pair + 8)));
-        at = {at.x + low.x, at.y + low.y, at.z + high.x, at.w + high.y};
-    }
-    return at;
+// A lane's part of a group of the bias, which may be null: low in x and y, high in z and w.
+__device__ inline float4 load_bias(const bf16 *bias, int group, int pair) {
+    if (!bias) return {};
+    const float2 low = unpack(__ldg(reinterpret_cast<const uint32_t *>(bias + group + pair)));
+    const float2 high = unpack(__ldg(reinterpret_cast<const uint32_t *>(bias + group + pair + 8)));
+    return {low.x, low.y, high.x, high.y};
 }
 
 // Stores one lane's words of a group.

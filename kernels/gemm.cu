@@ -63,22 +63,8 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(Operands operands, Ep
         copy_commit();
     }
 
-    const int warp_m = warp / 4 * kWarpM, warp_n = warp % 4 * kWarpN, pair = lane % 4 * 2;
-    auto row_of = [&](int i, int half) { return m0 + warp_m + i * 16 + half * 8 + lane / 4; };
     float c[kFragmentsM][kFragmentsN][4] = {};
-#pragma unroll
-    for (int j = 0; j < kFragmentsN; j += 2)
-#pragma unroll
-        for (int i = 0; i < kFragmentsM; ++i)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int row = row_of(i, half), group = n0 + warp_n + j * 8;
-                if (row >= rows || group >= n) continue;
-                const float4 from = start(epilogue, operands.bias, row, group, pair);
-                c[i][j][half * 2] = from.x, c[i][j][half * 2 + 1] = from.y;
-                c[i][j + 1][half * 2] = from.z, c[i][j + 1][half * 2 + 1] = from.w;
-            }
-
+    const int warp_m = warp / 4 * kWarpM, warp_n = warp % 4 * kWarpN;
     for (int tile = 0; tile < tiles; ++tile) {
         copy_wait<kStages - 2>();
         __syncthreads();
@@ -103,20 +89,29 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(Operands operands, Ep
     }
     copy_wait<0>();
 
+    const int pair = lane % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < kFragmentsM; ++i) {
+    for (int j = 0; j < kFragmentsN; j += 2) {
+        const int group = n0 + warp_n + j * 8;
+        if (group >= n) continue;
+        const float4 bias = load_bias(operands.bias, group, pair);
+        // Asked for before anything is written, or each load would wait for the stores before it.
+        typename Epilogue::Loaded loaded[kFragmentsM * 2];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int row = row_of(i, half);
-            if (row >= rows) continue;
-            const typename Epilogue::Row of_row = epilogue.row(row);
+        for (int i = 0; i < kFragmentsM * 2; ++i) {
+            const int row = m0 + warp_m + i * 8 + lane / 4;
+            if (row < rows) loaded[i] = epilogue.load(row, group, pair);
+        }
 #pragma unroll
-            for (int j = 0; j < kFragmentsN; j += 2) {
-                const int group = n0 + warp_n + j * 8;
-                if (group >= n) continue;
-                const float *low = c[i][j] + half * 2, *high = c[i][j + 1] + half * 2;
+        for (int i = 0; i < kFragmentsM; ++i) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = m0 + warp_m + i * 16 + half * 8 + lane / 4;
+                if (row >= rows) continue;
+                const float *low_at = c[i][j] + half * 2, *high_at = c[i][j + 1] + half * 2;
+                const float2 low{low_at[0] + bias.x, low_at[1] + bias.y}, high{high_at[0] + bias.z, high_at[1] + bias.w};
                 uint32_t words[Epilogue::kWords];
-                epilogue.apply(words, of_row, group, pair, {low[0], low[1]}, {high[0], high[1]});
+                epilogue.apply(words, epilogue.row(row), group, pair, low, high, loaded[i * 2 + half]);
                 store(epilogue, row, group, pair, words);
             }
         }

@@ -10,6 +10,8 @@
 //
 // Rows of a beyond the live count may hold anything: a row of a touches its own row of the product alone. They are never
 // written, and pairs of tiles without a live row do not exist.
+#include <type_traits>
+
 #include "epilogue.cuh"
 #include "hopper.cuh"
 #include "kernels.h"
@@ -34,6 +36,10 @@ static_assert(kStages<128> == kMaxStages);
 // What a tile of so many columns costs: them, and what a tile takes beside its products.
 constexpr int kCost128 = 150, kCost192 = 212, kCost256 = 274;
 
+// The angles of a rotation, under way, and 256 columns do not fit the registers together.
+template <class Epilogue>
+constexpr bool kWideFits = !std::is_same_v<Epilogue, Rope>;
+
 struct Operands {
     const bf16 *bias;  // [n] or null
     const int32_t *rows;
@@ -56,11 +62,12 @@ struct Schedule {
 };
 
 // The tile width that takes the least time for so many pairs of tiles of rows.
+template <bool kWide>
 __device__ int choose_tile(int pairs_m, int n) {
     const int clusters = gridDim.x / kCluster;
     auto time = [&](int tile_n, int cost) { return divide_up(pairs_m * divide_up(n, tile_n), clusters) * cost; };
     const int narrow = time(128, kCost128), middle = time(192, kCost192), wide = time(256, kCost256);
-    if (wide <= middle && wide <= narrow) return 256;
+    if (kWide && wide <= middle && wide <= narrow) return 256;
     return middle <= narrow ? 192 : 128;
 }
 
@@ -120,19 +127,16 @@ __device__ void consume(const Operands &operands, const Epilogue &epilogue, cons
     for (int pair = schedule.cluster(); pair < schedule.pairs; pair += schedule.clusters()) {
         const int row = schedule.row(pair) + warp * 16 + lane / 4;
         const int tile_column = schedule.column<kTileN>(pair), lane_pair = lane % 4 * 2;
-        // The sums start from what the result is added to, which is there about when the first operands are.
-        float c[kTileN / 2];
+        // What the epilogue reads is asked for now and is there when the product is.
+        typename Epilogue::Loaded loaded[kTileN / 16][2];
 #pragma unroll
         for (int j = 0; j < kTileN / 16; ++j)
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                float4 from{};
+            for (int half = 0; half < 2; ++half)
                 if (row + half * 8 < rows && tile_column + j * 16 < operands.n)
-                    from = start(epilogue, operands.bias, row + half * 8, tile_column + j * 16, lane_pair);
-                float *at = c + j * 8 + half * 2;
-                at[0] = from.x, at[1] = from.y, at[4] = from.z, at[5] = from.w;
-            }
+                    loaded[j][half] = epilogue.load(row + half * 8, tile_column + j * 16, lane_pair);
 
+        float c[kTileN / 2];
         int previous = 0;
         for (int k_tile = 0; k_tile < schedule.k_tiles; ++k_tile, at.next()) {
             barrier_wait(full + at.stage * 8, at.parity);
@@ -142,7 +146,7 @@ __device__ void consume(const Operands &operands, const Epilogue &epilogue, cons
             wgmma_fence();
 #pragma unroll
             for (int step = 0; step < kTileK / 16; ++step)
-                wgmma<kTileN>(c, a + step * kDescriptorStep, weight + step * kDescriptorStep);
+                wgmma<kTileN>(c, a + step * kDescriptorStep, weight + step * kDescriptorStep, k_tile + step);
             wgmma_commit();
             wgmma_wait<1>();
             if (k_tile > 0 && lane < kCluster) barrier_arrive(empty + previous * 8, lane);
@@ -153,28 +157,35 @@ __device__ void consume(const Operands &operands, const Epilogue &epilogue, cons
 
         // Four groups of eight columns of the output at a time, each lane to store one of them.
         constexpr int kGroups = 4 / kWords;
+        const int live_rows[2] = {min(row, rows - 1), min(row + 8, rows - 1)};
+        const typename Epilogue::Row of_rows[2] = {epilogue.row(live_rows[0]), epilogue.row(live_rows[1])};
+        bf16 *outs[2];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const bool live = row + half * 8 < rows;
-            const int live_row = min(row + half * 8, rows - 1);
-            const typename Epilogue::Row of_row = epilogue.row(live_row);
-            bf16 *out = epilogue.out + static_cast<size_t>(live_row) * epilogue.out_stride + lane % 4 * 8;
+        for (int half = 0; half < 2; ++half)
+            outs[half] = epilogue.out + static_cast<size_t>(live_rows[half]) * epilogue.out_stride + lane % 4 * 8;
 #pragma unroll
-            for (int j = 0; j < kTileN / 16; j += kGroups) {
-                uint32_t words[4];
+        for (int j = 0; j < kTileN / 16; j += kGroups) {
+            uint32_t words[2][4];
 #pragma unroll
-                for (int g = 0; g < kGroups; ++g) {
+            for (int g = 0; g < kGroups; ++g) {
+                const int group = tile_column + (j + g) * 16;
+                const float4 bias = group < operands.n ? load_bias(operands.bias, group, lane_pair) : float4{};
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
                     const float *at = c + (j + g) * 8 + half * 2;
+                    const float2 low{at[0] + bias.x, at[1] + bias.y}, high{at[4] + bias.z, at[5] + bias.w};
                     uint32_t result[kWords];
-                    epilogue.apply(result, of_row, tile_column + (j + g) * 16, lane_pair, {at[0], at[1]},
-                                   {at[4], at[5]});
+                    epilogue.apply(result, of_rows[half], group, lane_pair, low, high, loaded[j + g][half]);
 #pragma unroll
-                    for (int w = 0; w < kWords; ++w) words[g * kWords + w] = result[w];
+                    for (int w = 0; w < kWords; ++w) words[half][g * kWords + w] = result[w];
                 }
-                const uint4 four = transpose(words);
-                const int column = (tile_column + j * 16) * kWords / 2;
-                if (live && column + lane % 4 * 8 < operands.n * kWords / 2)
-                    *reinterpret_cast<uint4 *>(out + column) = four;
+            }
+            const int column = (tile_column + j * 16) * kWords / 2;
+            const bool within = column + lane % 4 * 8 < operands.n * kWords / 2;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const uint4 four = transpose(words[half]);
+                if (within && row + half * 8 < rows) *reinterpret_cast<uint4 *>(outs[half] + column) = four;
             }
         }
     }
@@ -201,7 +212,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
 
     const int rows = *operands.rows, row_start = operands.row_start ? *operands.row_start : 0;
     const int pairs_m = divide_up(rows, kTileM * kCluster);
-    const int tile_n = choose_tile(pairs_m, operands.n);
+    const int tile_n = choose_tile<kWideFits<Epilogue>>(pairs_m, operands.n);
     const Schedule schedule{rows, row_start, pairs_m, pairs_m * divide_up(operands.n, tile_n),
                             divide_up(operands.k, kTileK)};
 
@@ -213,7 +224,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
                 produce<128>(&a_map, &weight_map, schedule, ring, full, empty);
             else if (tile_n == 192)
                 produce<192>(&a_map, &weight_map, schedule, ring, full, empty);
-            else
+            else if constexpr (kWideFits<Epilogue>)
                 produce<256>(&a_map, &weight_map, schedule, ring, full, empty);
         }
     } else {
@@ -222,7 +233,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
             consume<128>(operands, epilogue, schedule, ring, full, empty);
         else if (tile_n == 192)
             consume<192>(operands, epilogue, schedule, ring, full, empty);
-        else
+        else if constexpr (kWideFits<Epilogue>)
             consume<256>(operands, epilogue, schedule, ring, full, empty);
     }
     // The other CTA may still copy to this one's memory and arrive at its barriers.

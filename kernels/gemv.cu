@@ -16,8 +16,9 @@ namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * 32;
 constexpr int kColumns = 4;  // of a warp
-constexpr int kUnroll = 4;   // 16-byte loads of each column that a lane has under way
-constexpr int kBlocksPerMultiprocessor = 5;
+constexpr int kUnroll = 2;   // 16-byte loads of each column that a lane has under way
+// Few enough registers that CTAs of the next kernel fit beside those of this one, and can ask for their weights.
+constexpr int kBlocksPerMultiprocessor = 8;
 
 struct Logits {
     float *out;
@@ -148,10 +149,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
             *reinterpret_cast<float2 *>(epilogue.out + first + pair) = {sums[0], sums[1]};
             *reinterpret_cast<float2 *>(epilogue.out + first + pair + 8) = {sums[2], sums[3]};
         } else {
-            const float4 from = start(epilogue, operands.bias, row, first, pair);
-            const float2 low{sums[0] + from.x, sums[1] + from.y}, high{sums[2] + from.z, sums[3] + from.w};
+            const float4 bias = load_bias(operands.bias, first, pair);
+            const float2 low{sums[0] + bias.x, sums[1] + bias.y}, high{sums[2] + bias.z, sums[3] + bias.w};
             uint32_t words[Epilogue::kWords];
-            epilogue.apply(words, epilogue.row(row), first, pair, low, high);
+            epilogue.apply(words, epilogue.row(row), first, pair, low, high, epilogue.load(row, first, pair));
             store(epilogue, row, first, pair, words);
         }
     }
@@ -175,7 +176,7 @@ int32_t launch(const Operands &operands, const Epilogue &epilogue, void *stream)
     if (status != cudaSuccess) return status;
     const int warps = operands.n / kColumns;
     if (warps >= multiprocessors * kWarps) return launch_split<1>(operands, epilogue, multiprocessors, stream);
-    if (warps * 2 >= multiprocessors * kWarps && operands.vectors <= 2 * kUnroll * 32)
+    if (warps * 2 >= multiprocessors * kWarps && operands.vectors <= 8 * 32)
         return launch_split<2>(operands, epilogue, multiprocessors, stream);
     return launch_split<4>(operands, epilogue, multiprocessors, stream);
 }
