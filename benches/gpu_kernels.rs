@@ -321,7 +321,7 @@ mod gpu {
             self.measure(attention, || {
                 let (mut out, qkv) = (device.zeros(q_dim)?, self.random(cache)?);
                 let mut parts = AttentionParts::new(device, heads)?;
-                Ok(Box::new(move || device.decode_attention(&mut out, &mut parts, &qkv, heads, position)))
+                Ok(Box::new(move || device.decode_attention(&mut out, &mut parts, &qkv, heads, position, &[])))
             })?;
             for (name, k) in [("gemv_residual o", q_dim), ("gemv_residual down", intermediate)] {
                 self.measure(kernel(name, hidden, k), || {

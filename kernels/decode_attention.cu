@@ -5,6 +5,9 @@
 // of the dimensions. Both run on the tensor cores with the heads as rows. Probabilities go in as two bf16 numbers, the
 // second for what the first leaves, which together hold 16 bits. The next tile's keys and values are on their way
 // meanwhile: what this kernel takes is waiting for memory.
+//
+// The memory itself has little to do in that time. Further CTAs ask it for the weights of the kernels to come, so that it
+// never rests.
 #include <math.h>
 
 #include "common.cuh"
@@ -15,7 +18,11 @@ namespace {
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kHeads = 16, kTile = 64;
 
+constexpr uint64_t kMostAhead = 30 << 20;  // half of a large L2 cache
+constexpr int kAheadChunk = 4096, kAheadBlocks = 32;
+
 struct Args {
+    GleanerSpan ahead[GLEANER_MAX_AHEAD];
     bf16 *out;     // [num_heads, head_dim]
     float *parts;  // [num_heads, splits, head_dim + 2]: sum of values, maximum, sum
     int32_t *done;
@@ -77,6 +84,26 @@ __device__ void join(const Args &args, int first_head, int heads, Shared<kHeadDi
     }
 }
 
+// Asks for the spans, a chunk a thread; block is the number of this CTA among `blocks`.
+__device__ void fetch_ahead(const GleanerSpan (&spans)[GLEANER_MAX_AHEAD], int block, int blocks) {
+    uint64_t first = static_cast<uint64_t>(block * kThreads + threadIdx.x) * kAheadChunk;
+    const uint64_t step = static_cast<uint64_t>(blocks * kThreads) * kAheadChunk;
+#pragma unroll
+    for (int s = 0; s < GLEANER_MAX_AHEAD; ++s) {
+        for (; first < spans[s].bytes; first += step) {
+            const char *at = static_cast<const char *>(spans[s].at) + first;
+            const uint64_t left = spans[s].bytes - first;
+            const uint32_t bytes = left < kAheadChunk ? static_cast<uint32_t>(left) : kAheadChunk;
+#if __CUDA_ARCH__ >= 900
+            asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(bytes / 16 * 16));
+#else
+            for (uint32_t line = 0; line < bytes; line += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(at + line));
+#endif
+        }
+        first -= spans[s].bytes;
+    }
+}
+
 template <int kHeadDim>
 __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const Args args) {
     constexpr int kPieces = kHeadDim / 8;            // of a row
@@ -85,6 +112,10 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const Args a
     constexpr int kVectors = kHeadDim / 32;          // of 16 bytes, of a lane's quarter of a key or query
     __shared__ Shared<kHeadDim> shared;
     const int group = args.num_heads / args.num_kv_heads, split = blockIdx.x, kv_head = blockIdx.y;
+    if (split >= args.splits) {
+        const int row = kv_head + gridDim.y * blockIdx.z, rows = gridDim.y * gridDim.z;
+        return fetch_ahead(args.ahead, (split - args.splits) * rows + row, (gridDim.x - args.splits) * rows);
+    }
     const int first_head = kv_head * group + blockIdx.z * kHeads, heads = min(kHeads, group - blockIdx.z * kHeads);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const size_t stride = static_cast<size_t>(args.num_heads + 2 * args.num_kv_heads) * kHeadDim;
@@ -231,29 +262,36 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const Args a
 
 template <int kHeadDim>
 int32_t launch(const Args &args, void *stream) {
-    const int group = args.num_heads / args.num_kv_heads;
-    return launch_overlapping(decode_attention_kernel<kHeadDim>,
-                              dim3(args.splits, args.num_kv_heads, (group + kHeads - 1) / kHeads), kThreads, 0, stream,
-                              args);
+    const int blocks = (args.num_heads / args.num_kv_heads + kHeads - 1) / kHeads, rows = args.num_kv_heads * blocks;
+    const int ahead = args.ahead[0].bytes > 0 ? (kAheadBlocks + rows - 1) / rows : 0;
+    return launch_overlapping(decode_attention_kernel<kHeadDim>, dim3(args.splits + ahead, args.num_kv_heads, blocks),
+                              kThreads, 0, stream, args);
 }
 
 }  // namespace
 
 extern "C" int32_t gleaner_decode_attention(void *out, float *parts, int32_t *done, const void *qkv,
-                                            const int32_t *position, int32_t splits, int32_t num_heads,
-                                            int32_t num_kv_heads, int32_t head_dim, int32_t window, void *stream) {
+                                            const int32_t *position, const GleanerSpan *ahead, int32_t spans,
+                                            int32_t splits, int32_t num_heads, int32_t num_kv_heads, int32_t head_dim,
+                                            int32_t window, void *stream) {
     constexpr float kLog2E = 1.4426950408889634f;
-    const Args args{static_cast<bf16 *>(out),
-                    parts,
-                    done,
-                    static_cast<const bf16 *>(qkv),
-                    position,
-                    splits,
-                    num_heads,
-                    num_kv_heads,
-                    window,
-                    // The logarithm's base is two, so that the exponential is one instruction.
-                    kLog2E / sqrtf(static_cast<float>(head_dim))};
+    Args args{{},
+              static_cast<bf16 *>(out),
+              parts,
+              done,
+              static_cast<const bf16 *>(qkv),
+              position,
+              splits,
+              num_heads,
+              num_kv_heads,
+              window,
+              // The logarithm's base is two, so that the exponential is one instruction.
+              kLog2E / sqrtf(static_cast<float>(head_dim))};
+    uint64_t room = kMostAhead;
+    for (int s = 0; s < spans && s < GLEANER_MAX_AHEAD; ++s) {
+        args.ahead[s] = {ahead[s].at, ahead[s].bytes < room ? ahead[s].bytes : room};
+        room -= args.ahead[s].bytes;
+    }
     switch (head_dim) {
         case 64: return launch<64>(args, stream);
         case 128: return launch<128>(args, stream);

@@ -1,8 +1,7 @@
-// What becomes of the results of a linear layer. A product has groups of 16 columns, of which a lane holds, for a row,
-// the columns pair, pair + 1 (low) and pair + 8, pair + 9 (high); `pair` is 0, 2, 4 or 6, `group` the group's first column.
-//
-// What an epilogue needs of the row's old values it loads before, so that a kernel can ask for them long before the
-// product is there. It makes words of two values, which kernels store alone, or four lanes' together.
+// What becomes of the results of a linear layer. An epilogue gets, of one row, the columns column, column + 1 (low) and
+// column + 8, column + 9 (high); column is even, and column / 8 is. What it needs of the row's old values it loads before,
+// so that a kernel can ask for them long before the product is there. It returns what is to be stored as words of two
+// values; kernels store them alone, or four lanes' together.
 #pragma once
 
 #include "common.cuh"
@@ -17,16 +16,15 @@ struct Residual {
     struct Loaded {
         uint32_t low, high;
     };
-    __device__ Loaded load(int row, int group, int pair) const {
-        const auto *at = reinterpret_cast<const uint32_t *>(out + static_cast<size_t>(row) * out_stride + group + pair);
+    __device__ Loaded load(int row, int column) const {
+        const auto *at = reinterpret_cast<const uint32_t *>(out + static_cast<size_t>(row) * out_stride + column);
         return {at[0], at[4]};
     }
-    using Row = Nothing;
-    __device__ Nothing row(int) const { return {}; }
-    __device__ void apply(uint32_t (&words)[2], Nothing, int, int, float2 low, float2 high, Loaded old) const {
+    __device__ void apply(uint32_t (&words)[2], int, int, const float (&low)[2], const float (&high)[2],
+                          Loaded old) const {
         const float2 old_low = unpack(old.low), old_high = unpack(old.high);
-        words[0] = pack(old_low.x + low.x, old_low.y + low.y);
-        words[1] = pack(old_high.x + high.x, old_high.y + high.y);
+        words[0] = pack(old_low.x + low[0], old_low.y + low[1]);
+        words[1] = pack(old_high.x + high[0], old_high.y + high[1]);
     }
 };
 
@@ -36,12 +34,12 @@ struct SwiGlu {
     int out_stride;
     static constexpr int kWords = 1;
     using Loaded = Nothing;
-    __device__ Nothing load(int, int, int) const { return {}; }
-    using Row = Nothing;
-    __device__ Nothing row(int) const { return {}; }
-    __device__ void apply(uint32_t (&words)[1], Nothing, int, int, float2 gate, float2 up, Nothing) const {
+    __device__ Nothing load(int, int) const { return {}; }
+    __device__ void apply(uint32_t (&words)[1], int, int, const float (&gate)[2], const float (&up)[2], Nothing) const {
         // The fast division is off by two units of 2^-24 at most, and right at both ends.
-        words[0] = pack(__fdividef(gate.x, 1.f + __expf(-gate.x)) * up.x, __fdividef(gate.y, 1.f + __expf(-gate.y)) * up.y);
+        const float h0 = __fdividef(gate[0], 1.f + __expf(-gate[0])) * up[0];
+        const float h1 = __fdividef(gate[1], 1.f + __expf(-gate[1])) * up[1];
+        words[0] = pack(h0, h1);
     }
 };
 
@@ -54,37 +52,28 @@ struct Rope {
     int out_stride, head_dim, rope_columns;
     static constexpr int kWords = 2;
     using Loaded = Nothing;
-    __device__ Nothing load(int, int, int) const { return {}; }
-    using Row = const float2 *;
-    // The angles of a row.
-    __device__ const float2 *row(int row) const {
-        return table + static_cast<size_t>(row + (row_start ? *row_start : 0)) * (head_dim / 2);
-    }
-    __device__ void apply(uint32_t (&words)[2], const float2 *row, int group, int pair, float2 low, float2 high,
+    __device__ Nothing load(int, int) const { return {}; }
+    __device__ void apply(uint32_t (&words)[2], int row, int column, const float (&low)[2], const float (&high)[2],
                           Nothing) const {
         float4 angles{1.f, 0.f, 1.f, 0.f};
-        // Read as constants: else each load would wait for the stores before it.
-        if (group < rope_columns)
-            angles = __ldg(reinterpret_cast<const float4 *>(row + (group & (head_dim - 1)) / 2 + pair));
-        words[0] = pack(low.x * angles.x - high.x * angles.y, low.y * angles.z - high.y * angles.w);
-        words[1] = pack(high.x * angles.x + low.x * angles.y, high.y * angles.z + low.y * angles.w);
+        if (column < rope_columns) {
+            const int in_head = column & (head_dim - 1);
+            const int pair = in_head / 16 * 8 + in_head % 8;
+            const int position = row + (row_start ? *row_start : 0);
+            // Read as constants: else each load would wait for the stores before it.
+            const float2 *at = table + static_cast<size_t>(position) * (head_dim / 2) + pair;
+            angles = __ldg(reinterpret_cast<const float4 *>(at));
+        }
+        words[0] = pack(low[0] * angles.x - high[0] * angles.y, low[1] * angles.z - high[1] * angles.w);
+        words[1] = pack(high[0] * angles.x + low[0] * angles.y, high[1] * angles.z + low[1] * angles.w);
     }
 };
 
-// A lane's part of a group of the bias, which may be null: low in x and y, high in z and w.
-__device__ inline float4 load_bias(const bf16 *bias, int group, int pair) {
-    if (!bias) return {};
-    const float2 low = unpack(__ldg(reinterpret_cast<const uint32_t *>(bias + group + pair)));
-    const float2 high = unpack(__ldg(reinterpret_cast<const uint32_t *>(bias + group + pair + 8)));
-    return {low.x, low.y, high.x, high.y};
-}
-
-// Stores one lane's words of a group.
+// Stores one lane's words of the columns column and column + 8 of the product.
 template <class Epilogue>
-__device__ void store(const Epilogue &epilogue, int row, int group, int pair,
-                      const uint32_t (&words)[Epilogue::kWords]) {
-    auto *out = reinterpret_cast<uint32_t *>(epilogue.out + static_cast<size_t>(row) * epilogue.out_stride +
-                                             group * Epilogue::kWords / 2 + pair);
+__device__ void store(const Epilogue &epilogue, int row, int column, const uint32_t (&words)[Epilogue::kWords]) {
+    const int at = Epilogue::kWords == 2 ? column : column / 16 * 8 + column % 8;
+    auto *out = reinterpret_cast<uint32_t *>(epilogue.out + static_cast<size_t>(row) * epilogue.out_stride + at);
     out[0] = words[0];
     if constexpr (Epilogue::kWords == 2) out[4] = words[1];
 }

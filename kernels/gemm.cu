@@ -89,18 +89,21 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(Operands operands, Ep
     }
     copy_wait<0>();
 
-    const int pair = lane % 4 * 2;
 #pragma unroll
     for (int j = 0; j < kFragmentsN; j += 2) {
-        const int group = n0 + warp_n + j * 8;
-        if (group >= n) continue;
-        const float4 bias = load_bias(operands.bias, group, pair);
+        const int column = n0 + warp_n + j * 8 + lane % 4 * 2;
+        if (column >= n) continue;
+        float2 bias_low{}, bias_high{};
+        if (operands.bias) {
+            bias_low = unpack(*reinterpret_cast<const uint32_t *>(operands.bias + column));
+            bias_high = unpack(*reinterpret_cast<const uint32_t *>(operands.bias + column + 8));
+        }
         // Asked for before anything is written, or each load would wait for the stores before it.
         typename Epilogue::Loaded loaded[kFragmentsM * 2];
 #pragma unroll
         for (int i = 0; i < kFragmentsM * 2; ++i) {
             const int row = m0 + warp_m + i * 8 + lane / 4;
-            if (row < rows) loaded[i] = epilogue.load(row, group, pair);
+            if (row < rows) loaded[i] = epilogue.load(row, column);
         }
 #pragma unroll
         for (int i = 0; i < kFragmentsM; ++i) {
@@ -108,11 +111,11 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(Operands operands, Ep
             for (int half = 0; half < 2; ++half) {
                 const int row = m0 + warp_m + i * 16 + half * 8 + lane / 4;
                 if (row >= rows) continue;
-                const float *low_at = c[i][j] + half * 2, *high_at = c[i][j + 1] + half * 2;
-                const float2 low{low_at[0] + bias.x, low_at[1] + bias.y}, high{high_at[0] + bias.z, high_at[1] + bias.w};
+                const float low[2] = {c[i][j][half * 2] + bias_low.x, c[i][j][half * 2 + 1] + bias_low.y};
+                const float high[2] = {c[i][j + 1][half * 2] + bias_high.x, c[i][j + 1][half * 2 + 1] + bias_high.y};
                 uint32_t words[Epilogue::kWords];
-                epilogue.apply(words, epilogue.row(row), group, pair, low, high, loaded[i * 2 + half]);
-                store(epilogue, row, group, pair, words);
+                epilogue.apply(words, row, column, low, high, loaded[i * 2 + half]);
+                store(epilogue, row, column, words);
             }
         }
     }

@@ -10,8 +10,6 @@
 //
 // Rows of a beyond the live count may hold anything: a row of a touches its own row of the product alone. They are never
 // written, and pairs of tiles without a live row do not exist.
-#include <type_traits>
-
 #include "epilogue.cuh"
 #include "hopper.cuh"
 #include "kernels.h"
@@ -36,10 +34,6 @@ static_assert(kStages<128> == kMaxStages);
 // What a tile of so many columns costs: them, and what a tile takes beside its products.
 constexpr int kCost128 = 150, kCost192 = 212, kCost256 = 274;
 
-// The angles of a rotation, under way, and 256 columns do not fit the registers together.
-template <class Epilogue>
-constexpr bool kWideFits = !std::is_same_v<Epilogue, Rope>;
-
 struct Operands {
     const bf16 *bias;  // [n] or null
     const int32_t *rows;
@@ -62,12 +56,11 @@ struct Schedule {
 };
 
 // The tile width that takes the least time for so many pairs of tiles of rows.
-template <bool kWide>
 __device__ int choose_tile(int pairs_m, int n) {
     const int clusters = gridDim.x / kCluster;
     auto time = [&](int tile_n, int cost) { return divide_up(pairs_m * divide_up(n, tile_n), clusters) * cost; };
     const int narrow = time(128, kCost128), middle = time(192, kCost192), wide = time(256, kCost256);
-    if (kWide && wide <= middle && wide <= narrow) return 256;
+    if (wide <= middle && wide <= narrow) return 256;
     return middle <= narrow ? 192 : 128;
 }
 
@@ -126,15 +119,15 @@ __device__ void consume(const Operands &operands, const Epilogue &epilogue, cons
     Ring<kStages<kTileN>> at;
     for (int pair = schedule.cluster(); pair < schedule.pairs; pair += schedule.clusters()) {
         const int row = schedule.row(pair) + warp * 16 + lane / 4;
-        const int tile_column = schedule.column<kTileN>(pair), lane_pair = lane % 4 * 2;
+        const int tile_column = schedule.column<kTileN>(pair), first_column = tile_column + lane % 4 * 2;
         // What the epilogue reads is asked for now and is there when the product is.
         typename Epilogue::Loaded loaded[kTileN / 16][2];
 #pragma unroll
         for (int j = 0; j < kTileN / 16; ++j)
 #pragma unroll
             for (int half = 0; half < 2; ++half)
-                if (row + half * 8 < rows && tile_column + j * 16 < operands.n)
-                    loaded[j][half] = epilogue.load(row + half * 8, tile_column + j * 16, lane_pair);
+                if (row + half * 8 < rows && first_column + j * 16 < operands.n)
+                    loaded[j][half] = epilogue.load(row + half * 8, first_column + j * 16);
 
         float c[kTileN / 2];
         int previous = 0;
@@ -156,36 +149,34 @@ __device__ void consume(const Operands &operands, const Epilogue &epilogue, cons
         if (lane < kCluster) barrier_arrive(empty + previous * 8, lane);
 
         // Four groups of eight columns of the output at a time, each lane to store one of them.
-        constexpr int kGroups = 4 / kWords;
-        const int live_rows[2] = {min(row, rows - 1), min(row + 8, rows - 1)};
-        const typename Epilogue::Row of_rows[2] = {epilogue.row(live_rows[0]), epilogue.row(live_rows[1])};
-        bf16 *outs[2];
+        constexpr int kPairs = 4 / kWords;  // of groups of the product
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-            outs[half] = epilogue.out + static_cast<size_t>(live_rows[half]) * epilogue.out_stride + lane % 4 * 8;
-#pragma unroll
-        for (int j = 0; j < kTileN / 16; j += kGroups) {
-            uint32_t words[2][4];
-#pragma unroll
-            for (int g = 0; g < kGroups; ++g) {
-                const int group = tile_column + (j + g) * 16;
-                const float4 bias = group < operands.n ? load_bias(operands.bias, group, lane_pair) : float4{};
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const float *at = c + (j + g) * 8 + half * 2;
-                    const float2 low{at[0] + bias.x, at[1] + bias.y}, high{at[4] + bias.z, at[5] + bias.w};
-                    uint32_t result[kWords];
-                    epilogue.apply(result, of_rows[half], group, lane_pair, low, high, loaded[j + g][half]);
-#pragma unroll
-                    for (int w = 0; w < kWords; ++w) words[half][g * kWords + w] = result[w];
-                }
-            }
-            const int column = (tile_column + j * 16) * kWords / 2;
-            const bool within = column + lane % 4 * 8 < operands.n * kWords / 2;
+        for (int j = 0; j < kTileN / 16; j += kPairs) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const uint4 four = transpose(words[half]);
-                if (within && row + half * 8 < rows) *reinterpret_cast<uint4 *>(outs[half] + column) = four;
+                uint32_t words[4];
+#pragma unroll
+                for (int p = 0; p < kPairs; ++p) {
+                    const int column = first_column + (j + p) * 16;
+                    float2 bias_low{}, bias_high{};
+                    if (operands.bias && column < operands.n) {
+                        bias_low = unpack(__ldg(reinterpret_cast<const uint32_t *>(operands.bias + column)));
+                        bias_high = unpack(__ldg(reinterpret_cast<const uint32_t *>(operands.bias + column + 8)));
+                    }
+                    const float *low_at = c + (j + p) * 8 + half * 2, *high_at = low_at + 4;
+                    const float low[2] = {low_at[0] + bias_low.x, low_at[1] + bias_low.y};
+                    const float high[2] = {high_at[0] + bias_high.x, high_at[1] + bias_high.y};
+                    uint32_t result[kWords];
+                    epilogue.apply(result, min(row + half * 8, rows - 1), column, low, high, loaded[j + p][half]);
+#pragma unroll
+                    for (int w = 0; w < kWords; ++w) words[p * kWords + w] = result[w];
+                }
+                const uint4 group = transpose(words);
+                const int column = (tile_column + j * 16) * kWords / 2 + lane % 4 * 8;
+                if (row + half * 8 < rows && column < operands.n * kWords / 2)
+                    *reinterpret_cast<uint4 *>(epilogue.out +
+                                               static_cast<size_t>(row + half * 8) * epilogue.out_stride + column) =
+                        group;
             }
         }
     }
@@ -212,7 +203,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
 
     const int rows = *operands.rows, row_start = operands.row_start ? *operands.row_start : 0;
     const int pairs_m = divide_up(rows, kTileM * kCluster);
-    const int tile_n = choose_tile<kWideFits<Epilogue>>(pairs_m, operands.n);
+    const int tile_n = choose_tile(pairs_m, operands.n);
     const Schedule schedule{rows, row_start, pairs_m, pairs_m * divide_up(operands.n, tile_n),
                             divide_up(operands.k, kTileK)};
 
@@ -224,7 +215,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
                 produce<128>(&a_map, &weight_map, schedule, ring, full, empty);
             else if (tile_n == 192)
                 produce<192>(&a_map, &weight_map, schedule, ring, full, empty);
-            else if constexpr (kWideFits<Epilogue>)
+            else
                 produce<256>(&a_map, &weight_map, schedule, ring, full, empty);
         }
     } else {
@@ -233,7 +224,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
             consume<128>(operands, epilogue, schedule, ring, full, empty);
         else if (tile_n == 192)
             consume<192>(operands, epilogue, schedule, ring, full, empty);
-        else if constexpr (kWideFits<Epilogue>)
+        else
             consume<256>(operands, epilogue, schedule, ring, full, empty);
     }
     // The other CTA may still copy to this one's memory and arrive at its barriers.

@@ -16,9 +16,8 @@ namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * 32;
 constexpr int kColumns = 4;  // of a warp
-constexpr int kUnroll = 2;   // 16-byte loads of each column that a lane has under way
-// Few enough registers that CTAs of the next kernel fit beside those of this one, and can ask for their weights.
-constexpr int kBlocksPerMultiprocessor = 8;
+constexpr int kUnroll = 4;   // 16-byte loads of each column that a lane has under way
+constexpr int kBlocksPerMultiprocessor = 5;
 
 struct Logits {
     float *out;
@@ -144,16 +143,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
             __syncthreads();
         }
         if (part > 0 || lane > 0 || group >= groups) continue;
-        const int first = group / 4 * 16, pair = group % 4 * 2;
+        const int column = column_of(group);
+        if (operands.bias) {
+            const float2 low = unpack(*reinterpret_cast<const uint32_t *>(operands.bias + column));
+            const float2 high = unpack(*reinterpret_cast<const uint32_t *>(operands.bias + column + 8));
+            sums[0] += low.x, sums[1] += low.y, sums[2] += high.x, sums[3] += high.y;
+        }
+        const float low[2] = {sums[0], sums[1]}, high[2] = {sums[2], sums[3]};
         if constexpr (std::is_same_v<Epilogue, Logits>) {
-            *reinterpret_cast<float2 *>(epilogue.out + first + pair) = {sums[0], sums[1]};
-            *reinterpret_cast<float2 *>(epilogue.out + first + pair + 8) = {sums[2], sums[3]};
+            *reinterpret_cast<float2 *>(epilogue.out + column) = {low[0], low[1]};
+            *reinterpret_cast<float2 *>(epilogue.out + column + 8) = {high[0], high[1]};
         } else {
-            const float4 bias = load_bias(operands.bias, first, pair);
-            const float2 low{sums[0] + bias.x, sums[1] + bias.y}, high{sums[2] + bias.z, sums[3] + bias.w};
             uint32_t words[Epilogue::kWords];
-            epilogue.apply(words, epilogue.row(row), first, pair, low, high, epilogue.load(row, first, pair));
-            store(epilogue, row, first, pair, words);
+            epilogue.apply(words, row, column, low, high, epilogue.load(row, column));
+            store(epilogue, row, column, words);
         }
     }
 }
@@ -176,7 +179,7 @@ int32_t launch(const Operands &operands, const Epilogue &epilogue, void *stream)
     if (status != cudaSuccess) return status;
     const int warps = operands.n / kColumns;
     if (warps >= multiprocessors * kWarps) return launch_split<1>(operands, epilogue, multiprocessors, stream);
-    if (warps * 2 >= multiprocessors * kWarps && operands.vectors <= 8 * 32)
+    if (warps * 2 >= multiprocessors * kWarps && operands.vectors <= 2 * kUnroll * 32)
         return launch_split<2>(operands, epilogue, multiprocessors, stream);
     return launch_split<4>(operands, epilogue, multiprocessors, stream);
 }

@@ -74,11 +74,21 @@ int32_t gleaner_head_norm(void *x, const void *q_norm, const void *k_norm, const
                           const int32_t *row_start, const int32_t *first_row, int32_t max_rows, int32_t stride,
                           int32_t q_heads, int32_t heads, int32_t head_dim, float eps, void *stream);
 
+// Bytes on the device.
+typedef struct {
+    const void *at;
+    uint64_t bytes;
+} GleanerSpan;
+
+#define GLEANER_MAX_AHEAD 4
+
 // out [num_heads * head_dim]: the row at *position of qkv over the rows up to it, as gleaner_attention. The keys are cut
-// into `splits` parts, at most 32; parts: fp32 [num_heads, splits, head_dim + 2]; done: int [num_heads], zero before and after.
+// into `splits` parts, at most 32; parts: fp32 [num_heads, splits, head_dim + 2]; done: int [num_heads], zero before and
+// after. Meanwhile the first bytes of `ahead`, an array in host memory of at most GLEANER_MAX_AHEAD spans that never
+// change, come into the L2 cache, as many as have room there.
 int32_t gleaner_decode_attention(void *out, float *parts, int32_t *done, const void *qkv, const int32_t *position,
-                                 int32_t splits, int32_t num_heads, int32_t num_kv_heads, int32_t head_dim,
-                                 int32_t window, void *stream);
+                                 const GleanerSpan *ahead, int32_t spans, int32_t splits, int32_t num_heads,
+                                 int32_t num_kv_heads, int32_t head_dim, int32_t window, void *stream);
 
 // out [rows, num_heads * head_dim] = softmax(q k^T / sqrt(head_dim)) v, causal; qkv [rows, (num_heads + 2 *
 // num_kv_heads) * head_dim], bf16. head_dim 64 or 128. window: keys a row may attend to, itself included; 0 for all.

@@ -102,7 +102,7 @@ impl Forward<'_> {
         let Answering { one, caches, parts, counts, state, token, .. } = answering;
         let (row, position) = (Rows { ints: counts, index: 1, max: 1 }, Shift { ints: state, index: answer::POSITION });
         device.embed(&mut one.x, token, &weights.embed_tokens, row, config.hidden_size)?;
-        for (layer, cache) in weights.layers.iter().zip(caches) {
+        for (index, (layer, cache)) in weights.layers.iter().zip(caches).enumerate() {
             let Heads { q, kv, dim, .. } = layer.heads;
             let norm = |weight| Norm { weight, eps: config.rms_norm_eps };
             let columns = if layer.head_norms.is_some() { 0 } else { (q + kv) * dim };
@@ -112,7 +112,9 @@ impl Forward<'_> {
                 let (stride, eps) = (layer.heads.qkv_columns(), config.rms_norm_eps);
                 device.head_norm(cache, norms, rotation, (q, kv), stride, row, Some(position), None, eps)?;
             }
-            device.decode_attention(&mut one.attended, parts, cache, layer.heads, position)?;
+            let next = weights.layers.get(index + 1).map(|layer| &layer.qkv);
+            let ahead: Vec<_> = [&layer.o_proj, &layer.gate_up, &layer.down_proj].into_iter().chain(next).collect();
+            device.decode_attention(&mut one.attended, parts, cache, layer.heads, position, &ahead)?;
             device.gemv_residual(&mut one.x, &one.attended, &layer.o_proj)?;
             device.gemv_swiglu(&mut one.h, &one.x, norm(&layer.post_attention_layernorm), &layer.gate_up)?;
             device.gemv_residual(&mut one.x, &one.h, &layer.down_proj)?;

@@ -232,7 +232,8 @@ impl CudaDevice {
         )
     }
 
-    /// The row at `position` of `qkv` over the rows up to it: `out` is `[q * dim]`.
+    /// The row at `position` of `qkv` over the rows up to it: `out` is `[q * dim]`. Meanwhile the first of `ahead`, at
+    /// most four weights of the kernels to come, are fetched into the cache.
     ///
     /// # Errors
     /// As [`CudaDevice::attention`].
@@ -243,14 +244,22 @@ impl CudaDevice {
         qkv: &CudaSlice<bf16>,
         heads: Heads,
         position: Shift,
+        ahead: &[&DeviceLinear],
     ) -> Result<()> {
         let op = || format!("decode_attention [{} of {} heads of {}]", heads.q, heads.kv, heads.dim);
         check_heads(&op, heads)?;
         require(out.len() >= heads.q * heads.dim, op, "the output is smaller than a row")?;
         let lens = AttentionParts::lens(heads.q, heads.dim);
         require(parts.parts.len() >= lens[0] && parts.done.len() >= lens[1], op, "the parts are for fewer heads")?;
+        require(ahead.len() <= ffi::GLEANER_MAX_AHEAD as usize, op, "at most four weights are fetched ahead")?;
+        let span = |linear: &&DeviceLinear| ffi::GleanerSpan {
+            at: self.address(&linear.weight),
+            bytes: linear.weight.num_bytes() as u64,
+        };
+        let ahead: Vec<ffi::GleanerSpan> = ahead.iter().map(span).collect();
         let position = self.shift(Some(position))?;
-        // SAFETY: as in `rms_norm`; the caller keeps the position below the rows of `qkv`.
+        // SAFETY: as in `rms_norm`; the caller keeps the position below the rows of `qkv`. The spans are read before the
+        // call returns.
         check(
             unsafe {
                 ffi::gleaner_decode_attention(
@@ -259,6 +268,8 @@ impl CudaDevice {
                     self.address_mut(&mut parts.done) as *mut i32,
                     self.address(qkv),
                     position,
+                    ahead.as_ptr(),
+                    ahead.len() as c_int,
                     ATTENTION_SPLITS as c_int,
                     heads.q as c_int,
                     heads.kv as c_int,
