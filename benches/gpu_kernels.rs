@@ -321,7 +321,7 @@ mod gpu {
             self.measure(attention, || {
                 let (mut out, qkv) = (device.zeros(q_dim)?, self.random(cache)?);
                 let mut parts = AttentionParts::new(device, heads)?;
-                Ok(Box::new(move || device.decode_attention(&mut out, &mut parts, &qkv, heads, position, &[])))
+                Ok(Box::new(move || device.decode_attention(&mut out, &mut parts, &qkv, heads, position)))
             })?;
             for (name, k) in [("gemv_residual o", q_dim), ("gemv_residual down", intermediate)] {
                 self.measure(kernel(name, hidden, k), || {
@@ -335,8 +335,9 @@ mod gpu {
                 Ok(Box::new(move || device.gemv_swiglu(&mut out, &a, norm, &linear)))
             })?;
             self.measure(kernel("gemv_logits", vocab, hidden), || {
-                let (mut out, a, weight) = (device.zeros(vocab)?, self.random(hidden)?, self.random(vocab * hidden)?);
-                Ok(Box::new(move || device.gemv_logits(&mut out, &a, norm, &weight, vocab)))
+                let (mut out, mut best) = (device.zeros(vocab)?, device.zeros(1)?);
+                let (a, weight) = (self.random(hidden)?, self.random(vocab * hidden)?);
+                Ok(Box::new(move || device.gemv_logits(&mut out, &mut best, &a, norm, &weight, [vocab, vocab])))
             })
         }
     }

@@ -1,13 +1,11 @@
-// Attention of one new row over its cache. The keys are cut into equal parts, a CTA a part and key head, which serves up
-// to 16 query heads of its group; the CTA that ends last joins the parts, in their order.
+// Attention of one new row over its cache. The keys are shared by CTAs, of which each serves up to 16 query heads of
+// one group; the one that ends last joins the parts, in their order.
 //
 // A tile is 64 keys, 8 of them a warp's for the products with the queries; for the sum over the values a warp has an eighth
 // of the dimensions. Both run on the tensor cores with the heads as rows. Probabilities go in as two bf16 numbers, the
 // second for what the first leaves, which together hold 16 bits. The next tile's keys and values are on their way
-// meanwhile: what this kernel takes is waiting for memory.
-//
-// The memory itself has little to do in that time. Further CTAs ask it for the weights of the kernels to come, so that it
-// never rests.
+// meanwhile: what this kernel takes is waiting for memory. That is also why tiles lie at fixed keys and are dealt out in
+// turn: the first of a CTA can be asked for before it knows how many there are.
 #include <math.h>
 
 #include "common.cuh"
@@ -18,17 +16,13 @@ namespace {
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kHeads = 16, kTile = 64;
 
-constexpr uint64_t kMostAhead = 30 << 20;  // half of a large L2 cache
-constexpr int kAheadChunk = 4096, kAheadBlocks = 32;
-
 struct Args {
-    GleanerSpan ahead[GLEANER_MAX_AHEAD];
     bf16 *out;     // [num_heads, head_dim]
     float *parts;  // [num_heads, splits, head_dim + 2]: sum of values, maximum, sum
     int32_t *done;
     const bf16 *qkv;
     const int32_t *position;
-    int splits, num_heads, num_kv_heads, window;
+    int max_rows, splits, num_heads, num_kv_heads, window;
     float scale;
 };
 
@@ -84,26 +78,6 @@ __device__ void join(const Args &args, int first_head, int heads, Shared<kHeadDi
     }
 }
 
-// Asks for the spans, a chunk a thread; block is the number of this CTA among `blocks`.
-__device__ void fetch_ahead(const GleanerSpan (&spans)[GLEANER_MAX_AHEAD], int block, int blocks) {
-    uint64_t first = static_cast<uint64_t>(block * kThreads + threadIdx.x) * kAheadChunk;
-    const uint64_t step = static_cast<uint64_t>(blocks * kThreads) * kAheadChunk;
-#pragma unroll
-    for (int s = 0; s < GLEANER_MAX_AHEAD; ++s) {
-        for (; first < spans[s].bytes; first += step) {
-            const char *at = static_cast<const char *>(spans[s].at) + first;
-            const uint64_t left = spans[s].bytes - first;
-            const uint32_t bytes = left < kAheadChunk ? static_cast<uint32_t>(left) : kAheadChunk;
-#if __CUDA_ARCH__ >= 900
-            asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(bytes / 16 * 16));
-#else
-            for (uint32_t line = 0; line < bytes; line += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(at + line));
-#endif
-        }
-        first -= spans[s].bytes;
-    }
-}
-
 template <int kHeadDim>
 __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const Args args) {
     constexpr int kPieces = kHeadDim / 8;            // of a row
@@ -112,10 +86,6 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const Args a
     constexpr int kVectors = kHeadDim / 32;          // of 16 bytes, of a lane's quarter of a key or query
     __shared__ Shared<kHeadDim> shared;
     const int group = args.num_heads / args.num_kv_heads, split = blockIdx.x, kv_head = blockIdx.y;
-    if (split >= args.splits) {
-        const int row = kv_head + gridDim.y * blockIdx.z, rows = gridDim.y * gridDim.z;
-        return fetch_ahead(args.ahead, (split - args.splits) * rows + row, (gridDim.x - args.splits) * rows);
-    }
     const int first_head = kv_head * group + blockIdx.z * kHeads, heads = min(kHeads, group - blockIdx.z * kHeads);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const size_t stride = static_cast<size_t>(args.num_heads + 2 * args.num_kv_heads) * kHeadDim;
@@ -123,11 +93,6 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const Args a
 
     start_next();
     wait_for_previous();
-    const int position = *args.position;
-    const int oldest = args.window ? max(0, position + 1 - args.window) : 0;
-    const int share = (position + args.splits - oldest) / args.splits;  // keys of a part, rounded up
-    const int begin = oldest + split * share, end = min(begin + share, position + 1);
-
     // The order of the dimensions in a product is free as long as keys and queries agree: lane % 4 takes a quarter that
     // lies in one piece. Words 2 s and 2 s + 1 of it are what step s wants.
     const int quarter = lane % 4 * (kHeadDim / 4);
@@ -142,39 +107,47 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const Args a
     };
     // Keys as the products want them; of the values, a row four threads.
     auto load = [&](int tile) {
-        const int key = tile + warp * 8 + lane / 4, row = tile + threadIdx.x / 4;
-        if (key < end) load_quarter(k_part, k + key * stride);
+        const int key = tile * kTile + warp * 8 + lane / 4, row = tile * kTile + threadIdx.x / 4;
+        if (key < args.max_rows) load_quarter(k_part, k + key * stride);
+        if (row >= args.max_rows) return;
 #pragma unroll
         for (int i = 0; i < kPieces / 4; ++i)
-            v_part[i] = row < end ? reinterpret_cast<const uint4 *>(v + row * stride)[threadIdx.x % 4 + i * 4] : uint4{};
+            v_part[i] = reinterpret_cast<const uint4 *>(v + row * stride)[threadIdx.x % 4 + i * 4];
     };
-    load(begin);
+    load(split);
+    const int position = *args.position;
+    const int oldest = args.window ? max(0, position + 1 - args.window) : 0;
+    // The first tile of this CTA that holds a key.
+    const int first_tile = split + max(0, oldest / kTile - split + args.splits - 1) / args.splits * args.splits;
+    if (first_tile != split) load(first_tile);
     const bf16 *q = args.qkv + position * stride + first_head * kHeadDim;
     if (lane / 4 < heads) load_quarter(q_low, q + lane / 4 * kHeadDim);
     if (lane / 4 + 8 < heads) load_quarter(q_high, q + (lane / 4 + 8) * kHeadDim);
 
     // Of the heads lane / 4 and lane / 4 + 8.
     float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {}, values[kColumns][4] = {};
-    for (int tile = begin; tile < end; tile += kTile) {
+    for (int tile = first_tile; tile * kTile <= position; tile += args.splits) {
         float logits[4] = {};
 #pragma unroll
         for (int s = 0; s < kSteps; ++s) {
             const uint32_t a[4] = {q_low[s * 2], q_high[s * 2], q_low[s * 2 + 1], q_high[s * 2 + 1]};
             mma(logits, a, k_part[s * 2], k_part[s * 2 + 1]);
         }
+        // Rows behind the last may hold anything, and 0 times infinity would not be 0.
+        const bool live = tile * kTile + threadIdx.x / 4 <= position;
 #pragma unroll
         for (int i = 0; i < kPieces / 4; ++i)
-            shared.values[swizzled(threadIdx.x / 4, threadIdx.x % 4 + i * 4, kPieces)] = v_part[i];
-        load(tile + kTile);
+            shared.values[swizzled(threadIdx.x / 4, threadIdx.x % 4 + i * 4, kPieces)] = live ? v_part[i] : uint4{};
+        load(tile + args.splits);
 
-        const int key = tile + warp * 8 + lane % 4 * 2;
+        const int key = tile * kTile + warp * 8 + lane % 4 * 2;
         float largest[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 float &logit = logits[half * 2 + i];
-                logit = key + i < end ? logit * args.scale : -INFINITY;
+                logit = key + i >= oldest && key + i <= position ? logit * args.scale : -INFINITY;
             }
             largest[half] = fmaxf(logits[half * 2], logits[half * 2 + 1]);
             for (int offset = 1; offset < 4; offset *= 2)
@@ -250,9 +223,9 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const Args a
     int32_t *done = args.done + kv_head * gridDim.z + blockIdx.z;
     if (threadIdx.x == 0) {
         // Orders what the CTA wrote before the count, and the count before what it reads of others.
-        __threadfence();
-        shared.last_part = atomicAdd(done, 1) == args.splits - 1;
-        __threadfence();
+        int32_t before;
+        asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(done) : "memory");
+        shared.last_part = before == args.splits - 1;
     }
     __syncthreads();
     if (!shared.last_part) return;
@@ -262,36 +235,30 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const Args a
 
 template <int kHeadDim>
 int32_t launch(const Args &args, void *stream) {
-    const int blocks = (args.num_heads / args.num_kv_heads + kHeads - 1) / kHeads, rows = args.num_kv_heads * blocks;
-    const int ahead = args.ahead[0].bytes > 0 ? (kAheadBlocks + rows - 1) / rows : 0;
-    return launch_overlapping(decode_attention_kernel<kHeadDim>, dim3(args.splits + ahead, args.num_kv_heads, blocks),
-                              kThreads, 0, stream, args);
+    const int blocks = (args.num_heads / args.num_kv_heads + kHeads - 1) / kHeads;
+    return launch_overlapping(decode_attention_kernel<kHeadDim>, dim3(args.splits, args.num_kv_heads, blocks), kThreads,
+                              0, stream, args);
 }
 
 }  // namespace
 
 extern "C" int32_t gleaner_decode_attention(void *out, float *parts, int32_t *done, const void *qkv,
-                                            const int32_t *position, const GleanerSpan *ahead, int32_t spans,
-                                            int32_t splits, int32_t num_heads, int32_t num_kv_heads, int32_t head_dim,
-                                            int32_t window, void *stream) {
+                                            const int32_t *position, int32_t max_rows, int32_t splits,
+                                            int32_t num_heads, int32_t num_kv_heads, int32_t head_dim, int32_t window,
+                                            void *stream) {
     constexpr float kLog2E = 1.4426950408889634f;
-    Args args{{},
-              static_cast<bf16 *>(out),
-              parts,
-              done,
-              static_cast<const bf16 *>(qkv),
-              position,
-              splits,
-              num_heads,
-              num_kv_heads,
-              window,
-              // The logarithm's base is two, so that the exponential is one instruction.
-              kLog2E / sqrtf(static_cast<float>(head_dim))};
-    uint64_t room = kMostAhead;
-    for (int s = 0; s < spans && s < GLEANER_MAX_AHEAD; ++s) {
-        args.ahead[s] = {ahead[s].at, ahead[s].bytes < room ? ahead[s].bytes : room};
-        room -= args.ahead[s].bytes;
-    }
+    const Args args{static_cast<bf16 *>(out),
+                    parts,
+                    done,
+                    static_cast<const bf16 *>(qkv),
+                    position,
+                    max_rows,
+                    splits,
+                    num_heads,
+                    num_kv_heads,
+                    window,
+                    // The logarithm's base is two, so that the exponential is one instruction.
+                    kLog2E / sqrtf(static_cast<float>(head_dim))};
     switch (head_dim) {
         case 64: return launch<64>(args, stream);
         case 128: return launch<128>(args, stream);

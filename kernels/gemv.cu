@@ -4,13 +4,14 @@
 // four warps share them, each with its part of k. A kernel asks for its first weights while the one before it still runs;
 // only then it waits for what that one writes.
 //
-// Where a norm is given, a is normalised first, by each CTA for itself: a few kilobytes from the L2 cache instead of a
-// launch.
+// Where a norm is given, each CTA brings a times the norm's weights into its shared memory. What a row is divided by is one
+// number, and is applied to the sums at their end: nothing waits for it.
 #include <type_traits>
 
 #include "common.cuh"
 #include "epilogue.cuh"
 #include "kernels.h"
+#include "token_order.cuh"
 
 namespace {
 
@@ -21,6 +22,8 @@ constexpr int kBlocksPerMultiprocessor = 5;
 
 struct Logits {
     float *out;
+    Wide *best;
+    int vocab_size;
 };
 
 struct Operands {
@@ -43,43 +46,46 @@ __device__ float dot(uint4 x, uint4 y, float sum) {
     return sum;
 }
 
-__device__ uint4 scaled(uint4 x, uint4 weight, float scale) {
-    uint32_t out[4];
-    const uint32_t a[4] = {x.x, x.y, x.z, x.w}, b[4] = {weight.x, weight.y, weight.z, weight.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const float2 p = unpack(a[i]), q = unpack(b[i]);
-        out[i] = pack(p.x * scale * q.x, p.y * scale * q.y);
-    }
-    return {out[0], out[1], out[2], out[3]};
+__device__ float dot(const float *x, uint4 y, float sum) {
+    const float4 low = reinterpret_cast<const float4 *>(x)[0], high = reinterpret_cast<const float4 *>(x)[1];
+    const float2 q0 = unpack(y.x), q1 = unpack(y.y), q2 = unpack(y.z), q3 = unpack(y.w);
+    sum += low.x * q0.x + low.y * q0.y;
+    sum += low.z * q1.x + low.w * q1.y;
+    sum += high.x * q2.x + high.y * q2.y;
+    return sum + high.z * q3.x + high.w * q3.y;
 }
 
 // The weights are read once and are more than the caches hold.
 __device__ uint4 load_weight(const uint4 *at) { return __ldcs(at); }
 
-// RMSNorm of a, in shared memory: `norm`, which holds the norm's weights, becomes the result. `raw` has room for a.
-__device__ void normalise(uint4 *norm, uint4 *raw, const Operands &operands) {
+// Brings a times the norm's weights, which lie in `to` already, there. Returns what a row is to be multiplied with.
+__device__ float normalise(float *to, const Operands &operands) {
     __shared__ float warp_sums[kWarps];
     float sum = 0.f;
     for (int i = threadIdx.x; i < operands.vectors; i += kThreads) {
-        raw[i] = operands.a[i];
-        sum = dot(raw[i], raw[i], sum);
+        const uint4 x = operands.a[i];
+        const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+            const float2 value = unpack(words[w]);
+            sum += value.x * value.x + value.y * value.y;
+            // A thread's own values, so that no barrier is needed before.
+            auto *at = reinterpret_cast<float2 *>(to + i * 8) + w;
+            *at = {value.x * at->x, value.y * at->y};
+        }
     }
     for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
     if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = sum;
     __syncthreads();
     sum = 0.f;
     for (int warp = 0; warp < kWarps; ++warp) sum += warp_sums[warp];
-    const float scale = rsqrtf(sum / (operands.vectors * 8) + operands.eps);
-    // Each thread's own vectors, so that no barrier is needed before.
-    for (int i = threadIdx.x; i < operands.vectors; i += kThreads) norm[i] = scaled(raw[i], norm[i], scale);
-    __syncthreads();
+    return rsqrtf(sum / (operands.vectors * 8) + operands.eps);
 }
 
 template <int kSplit, class Epilogue>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     gemv_kernel(const Operands operands, const Epilogue epilogue) {
-    extern __shared__ uint4 normed[];
+    extern __shared__ __align__(16) float normed[];
     __shared__ float parts[kWarps][kColumns];
     constexpr int kGroups = kWarps / kSplit;  // of columns, in a CTA at a time
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, vectors = operands.vectors;
@@ -105,12 +111,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     start_next();
     if (group < groups) load_first(group);
     if (operands.norm)
-        for (int i = threadIdx.x; i < vectors; i += kThreads) normed[i] = operands.norm[i];
+        for (int i = threadIdx.x; i < vectors; i += kThreads) {
+            const uint4 weights = operands.norm[i];
+            const uint32_t words[4] = {weights.x, weights.y, weights.z, weights.w};
+#pragma unroll
+            for (int w = 0; w < 4; ++w) reinterpret_cast<float2 *>(normed + i * 8)[w] = unpack(words[w]);
+        }
     wait_for_previous();
-    if (operands.norm) normalise(normed, normed + vectors, operands);
-    const uint4 *a = operands.norm ? normed : operands.a;
+    const float scale = operands.norm ? normalise(normed, operands) : 1.f;
     const int row = operands.out_row ? *operands.out_row : 0;
 
+    [[maybe_unused]] Wide best = 0;
     // Every warp takes as many turns, so that all meet at the barrier.
     for (int base = blockIdx.x * kGroups; base < groups; base += gridDim.x * kGroups) {
         group = base + warp / kSplit;
@@ -122,9 +133,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
                 for (int u = 0; u < kUnroll; ++u) {
                     const int vector = from + u * kStep;
                     if (vector >= vectors) break;
-                    const uint4 x = a[vector];
+                    if (operands.norm) {
 #pragma unroll
-                    for (int c = 0; c < kColumns; ++c) sums[c] = dot(x, ahead[u][c], sums[c]);
+                        for (int c = 0; c < kColumns; ++c) sums[c] = dot(normed + vector * 8, ahead[u][c], sums[c]);
+                    } else {
+                        const uint4 x = operands.a[vector];
+#pragma unroll
+                        for (int c = 0; c < kColumns; ++c) sums[c] = dot(x, ahead[u][c], sums[c]);
+                    }
                     load(ahead[u], group, vector + kUnroll * kStep);
                 }
             }
@@ -144,28 +160,37 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
         }
         if (part > 0 || lane > 0 || group >= groups) continue;
         const int column = column_of(group);
-        if (operands.bias) {
-            const float2 low = unpack(*reinterpret_cast<const uint32_t *>(operands.bias + column));
-            const float2 high = unpack(*reinterpret_cast<const uint32_t *>(operands.bias + column + 8));
-            sums[0] += low.x, sums[1] += low.y, sums[2] += high.x, sums[3] += high.y;
-        }
-        const float low[2] = {sums[0], sums[1]}, high[2] = {sums[2], sums[3]};
+        for (float &sum : sums) sum *= scale;
         if constexpr (std::is_same_v<Epilogue, Logits>) {
-            *reinterpret_cast<float2 *>(epilogue.out + column) = {low[0], low[1]};
-            *reinterpret_cast<float2 *>(epilogue.out + column + 8) = {high[0], high[1]};
+            *reinterpret_cast<float2 *>(epilogue.out + column) = {sums[0], sums[1]};
+            *reinterpret_cast<float2 *>(epilogue.out + column + 8) = {sums[2], sums[3]};
+#pragma unroll
+            for (int c = 0; c < kColumns; ++c) {
+                const int id = column + c / 2 * 8 + c % 2;
+                if (id < epilogue.vocab_size) best = max(best, ordered(sums[c], id));
+            }
         } else {
+            if (operands.bias) {
+                const float2 low = unpack(*reinterpret_cast<const uint32_t *>(operands.bias + column));
+                const float2 high = unpack(*reinterpret_cast<const uint32_t *>(operands.bias + column + 8));
+                sums[0] += low.x, sums[1] += low.y, sums[2] += high.x, sums[3] += high.y;
+            }
+            const float low[2] = {sums[0], sums[1]}, high[2] = {sums[2], sums[3]};
             uint32_t words[Epilogue::kWords];
             epilogue.apply(words, row, column, low, high, epilogue.load(row, column));
             store(epilogue, row, column, words);
         }
     }
+    // The largest of all, in whatever order they come.
+    if constexpr (std::is_same_v<Epilogue, Logits>)
+        if (best > 0) atomicMax(epilogue.best, best);
 }
 
 template <int kSplit, class Epilogue>
 int32_t launch_split(const Operands &operands, const Epilogue &epilogue, int multiprocessors, void *stream) {
     const int per_block = kWarps / kSplit, groups = operands.n / kColumns;
     const int blocks = (groups + per_block - 1) / per_block, most = multiprocessors * kBlocksPerMultiprocessor;
-    const int shared_bytes = operands.norm ? operands.vectors * 2 * 16 : 0;
+    const int shared_bytes = operands.norm ? operands.vectors * 8 * sizeof(float) : 0;
     return launch_overlapping(gemv_kernel<kSplit, Epilogue>, blocks < most ? blocks : most, kThreads, shared_bytes,
                               stream, operands, epilogue);
 }
@@ -198,9 +223,10 @@ Operands operands_of(const void *a, const void *norm, float eps, const void *wei
 
 }  // namespace
 
-extern "C" int32_t gleaner_gemv_logits(float *out, const void *a, const void *norm, const void *weight, float eps,
-                                       int32_t n, int32_t k, void *stream) {
-    return launch(operands_of(a, norm, eps, weight, nullptr, nullptr, n, k), Logits{out}, stream);
+extern "C" int32_t gleaner_gemv_logits(float *out, uint64_t *best, const void *a, const void *norm, const void *weight,
+                                       float eps, int32_t vocab_size, int32_t n, int32_t k, void *stream) {
+    const Logits logits{out, reinterpret_cast<Wide *>(best), vocab_size};
+    return launch(operands_of(a, norm, eps, weight, nullptr, nullptr, n, k), logits, stream);
 }
 
 extern "C" int32_t gleaner_gemv_residual(void *x, const void *a, const void *weight, const void *bias, int32_t n,

@@ -48,11 +48,12 @@ int32_t gleaner_gemm_sm90_rope(void *out, const void *a, const void *weight, con
                                const int32_t *rows, const int32_t *row_start, int32_t max_rows, int32_t a_rows,
                                int32_t n, int32_t k, int32_t head_dim, int32_t rope_columns, void *stream);
 
-// The same for one row. a [k] is normalised first, as by gleaner_rms_norm, where a norm [k] is given.
+// The same for one row. Where a norm [k] is given, a [k] is normalised first, as by gleaner_rms_norm but without rounding
+// what comes of it.
 
-// out fp32 [n]
-int32_t gleaner_gemv_logits(float *out, const void *a, const void *norm, const void *weight, float eps, int32_t n,
-                            int32_t k, void *stream);
+// out fp32 [n]. *best, zero before, becomes the likeliest of the first vocab_size tokens, as gleaner_sample reads it.
+int32_t gleaner_gemv_logits(float *out, uint64_t *best, const void *a, const void *norm, const void *weight, float eps,
+                            int32_t vocab_size, int32_t n, int32_t k, void *stream);
 
 // x [n] += a weight^T + bias
 int32_t gleaner_gemv_residual(void *x, const void *a, const void *weight, const void *bias, int32_t n, int32_t k,
@@ -74,21 +75,12 @@ int32_t gleaner_head_norm(void *x, const void *q_norm, const void *k_norm, const
                           const int32_t *row_start, const int32_t *first_row, int32_t max_rows, int32_t stride,
                           int32_t q_heads, int32_t heads, int32_t head_dim, float eps, void *stream);
 
-// Bytes on the device.
-typedef struct {
-    const void *at;
-    uint64_t bytes;
-} GleanerSpan;
-
-#define GLEANER_MAX_AHEAD 4
-
-// out [num_heads * head_dim]: the row at *position of qkv over the rows up to it, as gleaner_attention. The keys are cut
-// into `splits` parts, at most 32; parts: fp32 [num_heads, splits, head_dim + 2]; done: int [num_heads], zero before and
-// after. Meanwhile the first bytes of `ahead`, an array in host memory of at most GLEANER_MAX_AHEAD spans that never
-// change, come into the L2 cache, as many as have room there.
+// out [num_heads * head_dim]: the row at *position of qkv [max_rows, *] over the rows up to it, as gleaner_attention. The
+// keys are shared by `splits` CTAs, at most 32; parts: fp32 [num_heads, splits, head_dim + 2]; done: int [num_heads], zero
+// before and after.
 int32_t gleaner_decode_attention(void *out, float *parts, int32_t *done, const void *qkv, const int32_t *position,
-                                 const GleanerSpan *ahead, int32_t spans, int32_t splits, int32_t num_heads,
-                                 int32_t num_kv_heads, int32_t head_dim, int32_t window, void *stream);
+                                 int32_t max_rows, int32_t splits, int32_t num_heads, int32_t num_kv_heads,
+                                 int32_t head_dim, int32_t window, void *stream);
 
 // out [rows, num_heads * head_dim] = softmax(q k^T / sqrt(head_dim)) v, causal; qkv [rows, (num_heads + 2 *
 // num_kv_heads) * head_dim], bf16. head_dim 64 or 128. window: keys a row may attend to, itself included; 0 for all.
@@ -189,10 +181,12 @@ typedef struct {
 
 #define GLEANER_NO_TOKEN 0xffffffffu  // a logit was not a number or infinite, or all were minus infinity
 
-// The next token from logits fp32 [vocab_size]: written to *token and to slot `tokens % slots` of `sent`, which may be host
-// memory; then the answer's position and number of tokens grow by one.
-int32_t gleaner_sample(uint32_t *token, GleanerAnswer *answer, uint32_t *sent, const float *logits,
-                       const GleanerSampling *sampling, int32_t slots, int32_t vocab_size, void *stream);
+// The next token from logits fp32 [vocab_size], of which *best is the likeliest: written to slot `tokens % slots` of
+// `sent`, which may be host memory. Its row of the embedding goes to x [hidden_size], *best to zero, and the answer's
+// position and number of tokens grow by one.
+int32_t gleaner_sample(void *x, GleanerAnswer *answer, uint32_t *sent, uint64_t *best, const float *logits,
+                       const GleanerSampling *sampling, const void *embedding, int32_t slots, int32_t vocab_size,
+                       int32_t hidden_size, void *stream);
 
 // x [rows, hidden_size] = embedding[prompt], bf16
 int32_t gleaner_embed(void *x, const uint32_t *prompt, const void *embedding, const int32_t *rows, int32_t max_rows,

@@ -1,13 +1,16 @@
-// The next token of an answer, by one CTA: the likeliest, or a draw from the likeliest that together reach top_p.
+// The next token of an answer, by one CTA: the likeliest, which is known (gemv.cu), or a draw from the likeliest that
+// together reach top_p.
 //
 // A draw needs sums in order of likelihood (equals in order of id), not the order itself. Weights are integers, so that
 // sums do not depend on the order of addition. The token at which the running sum passes a target is found in two stages:
 // a histogram of the weights over equal steps of the logit says in which step it lies; what lies there is searched bit by
 // bit. The definition is src/sample.rs.
+#include <float.h>
 #include <math.h>
 
 #include "common.cuh"
 #include "kernels.h"
+#include "token_order.cuh"
 
 namespace {
 
@@ -15,37 +18,16 @@ constexpr int kThreads = 1024, kWarps = kThreads / 32;
 constexpr int kSteps = 2048, kList = 1024;
 constexpr float kWeightOne = 1ull << 40;
 constexpr float kSpan = 28.f;  // logits so many temperatures below the largest weigh nothing: e^-28 < 2^-40
-constexpr int kIdBits = 24;
 
-using Wide = unsigned long long;
-
-// A token in the order of likelihood: greater is likelier, and of equals the one of smaller id.
-__device__ Wide ordered(float logit, uint32_t id) {
-    const uint32_t bits = __float_as_uint(logit + 0.f);  // -0 is 0
-    const uint32_t key = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-    return static_cast<Wide>(key) << kIdBits | ((1u << kIdBits) - 1 - id);
-}
-
-__device__ uint32_t id_of(Wide token) { return (1u << kIdBits) - 1 - (token & ((1u << kIdBits) - 1)); }
-
-template <class T, class Combine>
-__device__ T block_reduce(T value, Combine combine) {
-    __shared__ T parts[kWarps];
+__device__ Wide block_sum(Wide value) {
+    __shared__ Wide parts[kWarps];
     __syncthreads();
-    for (int offset = 16; offset > 0; offset /= 2) value = combine(value, __shfl_xor_sync(0xffffffffu, value, offset));
+    for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
     __syncthreads();
     value = parts[threadIdx.x % 32];
-    for (int offset = 16; offset > 0; offset /= 2) value = combine(value, __shfl_xor_sync(0xffffffffu, value, offset));
+    for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
     return value;
-}
-
-__device__ Wide block_sum(Wide value) {
-    return block_reduce(value, [](Wide a, Wide b) { return a + b; });
-}
-
-__device__ Wide block_max(Wide value) {
-    return block_reduce(value, [](Wide a, Wide b) { return a > b ? a : b; });
 }
 
 struct Draw {
@@ -170,48 +152,34 @@ __device__ uint32_t draw_token(Draw draw, float top_p, double position, Shared &
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
-    sample_kernel(uint32_t *token, GleanerAnswer *answer, uint32_t *sent, const float *logits,
-                  const GleanerSampling *sampling, int slots, int vocab_size) {
+    sample_kernel(uint4 *x, GleanerAnswer *answer, uint32_t *sent, uint64_t *best, const float *logits,
+                  const GleanerSampling *sampling, const uint4 *embedding, int slots, int vocab_size, int vectors) {
     __shared__ Shared shared;
     start_next();
     wait_for_previous();
-    float largest = -INFINITY;
-    int at = 0;
-    bool valid = true;
-    // A thread meets its logits in the order of their ids, so that of equals it keeps the first.
-    auto look = [&](float logit, int id) {
-        valid &= logit < INFINITY;  // false for NaN, too
-        if (logit > largest) largest = logit, at = id;
-    };
-    const int fours = vocab_size / 4;
-#pragma unroll 8
-    for (int i = threadIdx.x; i < fours; i += kThreads) {
-        const float4 four = reinterpret_cast<const float4 *>(logits)[i];
-        look(four.x, i * 4), look(four.y, i * 4 + 1), look(four.z, i * 4 + 2), look(four.w, i * 4 + 3);
-    }
-    for (int id = fours * 4 + threadIdx.x; id < vocab_size; id += kThreads) look(logits[id], id);
-    valid = __syncthreads_and(valid);
-    // A thread that met nothing above minus infinity has no token to offer.
-    const Wide best = block_max(largest > -INFINITY ? ordered(largest, at) : 0);
-    valid &= best > 0;
-    uint32_t chosen = id_of(best);
+    const Wide likeliest = *best;
+    const int index = answer->tokens;
+    const bool valid = likeliest < ordered(INFINITY, (1u << kIdBits) - 1) && likeliest >= ordered(-FLT_MAX, 0);
+    uint32_t chosen = valid ? id_of(likeliest) : 0;
     if (valid && sampling->temperature > 0.f) {
         const Draw draw{logits, vocab_size, logits[chosen], sampling->temperature};
-        chosen = draw_token(draw, sampling->top_p, uniform(sampling->seed, answer->tokens), shared);
+        chosen = draw_token(draw, sampling->top_p, uniform(sampling->seed, index), shared);
     }
+    for (int i = threadIdx.x; i < vectors; i += kThreads) x[i] = embedding[static_cast<size_t>(chosen) * vectors + i];
     __syncthreads();
     if (threadIdx.x > 0) return;
-    const int index = answer->tokens;
-    *token = valid ? chosen : 0;
     sent[index % slots] = valid ? chosen : GLEANER_NO_TOKEN;
+    *best = 0;
     answer->position += 1;
     answer->tokens = index + 1;
 }
 
 }  // namespace
 
-extern "C" int32_t gleaner_sample(uint32_t *token, GleanerAnswer *answer, uint32_t *sent, const float *logits,
-                                  const GleanerSampling *sampling, int32_t slots, int32_t vocab_size, void *stream) {
-    return launch_overlapping(sample_kernel, 1, kThreads, 0, stream, token, answer, sent, logits, sampling, slots,
-                              vocab_size);
+extern "C" int32_t gleaner_sample(void *x, GleanerAnswer *answer, uint32_t *sent, uint64_t *best, const float *logits,
+                                  const GleanerSampling *sampling, const void *embedding, int32_t slots,
+                                  int32_t vocab_size, int32_t hidden_size, void *stream) {
+    return launch_overlapping(sample_kernel, 1, kThreads, 0, stream, static_cast<uint4 *>(x), answer, sent, best,
+                              logits, sampling, static_cast<const uint4 *>(embedding), slots, vocab_size,
+                              hidden_size / 8);
 }

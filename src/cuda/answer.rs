@@ -28,6 +28,7 @@ const WHAT: &str = "answering";
 pub struct Answering {
     sizes: AnswerSizes,
     prompt: Activations,
+    /// Of the last token.
     pub one: Activations,
     /// Queries, keys and values of all positions, for each layer.
     pub caches: Vec<CudaSlice<bf16>>,
@@ -39,8 +40,8 @@ pub struct Answering {
     pub counts: CudaSlice<i32>,
     /// See [`answer`].
     pub state: CudaSlice<i32>,
-    /// The last token.
-    pub token: CudaSlice<u32>,
+    /// The likeliest next token.
+    pub best: CudaSlice<u64>,
     pub sampling: CudaSlice<u64>,
     /// What the host has not yet seen, by turns.
     pub sent: Sent,
@@ -92,7 +93,7 @@ impl Answering {
             parts: AttentionParts::allocate(&mut allocator, heads)?,
             counts: allocator.zeros(2)?,
             state: allocator.zeros(answer::LEN)?,
-            token: allocator.zeros(1)?,
+            best: allocator.zeros(1)?,
             sampling: allocator.zeros(2)?,
             sent: Sent::new(device, AHEAD + 1)?,
             loaded: false,

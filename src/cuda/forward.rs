@@ -6,7 +6,7 @@ use half::bf16;
 use super::CudaDevice;
 use super::answer::Answering;
 use super::model::{DeviceLayer, DeviceModel};
-use super::ops::{Heads, Norm, Rotation, Rows, Shift, answer};
+use super::ops::{Heads, Logits, Norm, Rotation, Rows, Sampled, Shift, answer};
 use super::workspace::{Activations, Workspace};
 use crate::Result;
 use crate::model::Config;
@@ -86,23 +86,23 @@ impl Forward<'_> {
         device.select(steps, plan)
     }
 
-    /// Logits of the one row in `answering.one.x`, and the token that is taken from them.
+    /// Logits of the one row in `answering.one.x`, and the token that is taken from them, which takes its place.
     pub fn head(&self, answering: &mut Answering) -> Result<()> {
         let Forward { device, weights, config } = *self;
-        let Answering { one, logits, token, state, sent, sampling, .. } = answering;
+        let Answering { one, logits, best, state, sent, sampling, .. } = answering;
         let norm = Norm { weight: &weights.norm, eps: config.rms_norm_eps };
         let head = weights.lm_head.as_ref().unwrap_or(&weights.embed_tokens);
-        device.gemv_logits(logits, &one.x, norm, head, weights.vocab_rows)?;
-        device.sample(token, state, sent, logits, sampling, config.vocab_size)
+        device.gemv_logits(logits, best, &one.x, norm, head, [config.vocab_size, weights.vocab_rows])?;
+        let out = Sampled { x: &mut one.x, answer: state, sent };
+        device.sample(out, Logits { logits, best, embedding: &weights.embed_tokens }, sampling, config.vocab_size)
     }
 
     /// The last token through all layers, behind what the caches hold, to the next one.
     pub fn decode(&self, answering: &mut Answering) -> Result<()> {
         let Forward { device, weights, config } = *self;
-        let Answering { one, caches, parts, counts, state, token, .. } = answering;
+        let Answering { one, caches, parts, counts, state, .. } = answering;
         let (row, position) = (Rows { ints: counts, index: 1, max: 1 }, Shift { ints: state, index: answer::POSITION });
-        device.embed(&mut one.x, token, &weights.embed_tokens, row, config.hidden_size)?;
-        for (index, (layer, cache)) in weights.layers.iter().zip(caches).enumerate() {
+        for (layer, cache) in weights.layers.iter().zip(caches) {
             let Heads { q, kv, dim, .. } = layer.heads;
             let norm = |weight| Norm { weight, eps: config.rms_norm_eps };
             let columns = if layer.head_norms.is_some() { 0 } else { (q + kv) * dim };
@@ -112,9 +112,7 @@ impl Forward<'_> {
                 let (stride, eps) = (layer.heads.qkv_columns(), config.rms_norm_eps);
                 device.head_norm(cache, norms, rotation, (q, kv), stride, row, Some(position), None, eps)?;
             }
-            let next = weights.layers.get(index + 1).map(|layer| &layer.qkv);
-            let ahead: Vec<_> = [&layer.o_proj, &layer.gate_up, &layer.down_proj].into_iter().chain(next).collect();
-            device.decode_attention(&mut one.attended, parts, cache, layer.heads, position, &ahead)?;
+            device.decode_attention(&mut one.attended, parts, cache, layer.heads, position)?;
             device.gemv_residual(&mut one.x, &one.attended, &layer.o_proj)?;
             device.gemv_swiglu(&mut one.h, &one.x, norm(&layer.post_attention_layernorm), &layer.gate_up)?;
             device.gemv_residual(&mut one.x, &one.h, &layer.down_proj)?;

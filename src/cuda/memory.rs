@@ -223,14 +223,14 @@ pub struct AnswerSizes {
     pub logits: usize,
     pub prompt_tokens: usize,
     /// What decoding needs besides, 32 bits each: the parts of attention and whether they are done, the number of rows of
-    /// the prompt and of a new row, the answer's state, its last token and how it is sampled.
+    /// the prompt and of a new row, the answer's state, the likeliest token and how it is sampled.
     pub parts: usize,
     pub done: usize,
     pub state: usize,
 }
 
 /// Integers of an answer's state and counters, see [`AnswerSizes::state`].
-const ANSWER_WORDS: usize = 2 + 2 + 1 + 4;
+const ANSWER_WORDS: usize = 2 + 2 + 2 + 4;
 
 impl AnswerSizes {
     pub fn new(config: &Config, prompt_tokens: usize, max_new_tokens: usize) -> AnswerSizes {
@@ -379,8 +379,9 @@ mod tests {
         // Of each query head and of each of 16 parts a sum of values, a maximum and a total.
         let parts = 14 * 16 * 66 * 4;
         let logits_and_tokens = (151936 + 1000) * 4;
-        // Done parts of as many heads as there may be key heads; two counts, two integers of state, a token, two 64-bit words of sampling.
-        let integers = (14 + 2 + 2 + 1 + 4) * 4;
+        // Done parts of as many heads as there may be key heads; two counts, two integers of state, the likeliest token and two words of sampling
+        // in 64 bits.
+        let integers = (14 + 2 + 2 + 2 + 4) * 4;
         let expected = cache + 1001 * row + tables + parts + logits_and_tokens + integers;
         assert_eq!(AnswerSizes::new(&qwen(), 1000, 100).bytes(24), expected);
     }

@@ -1,8 +1,9 @@
 //! The choice of the next token on the device.
 
 use cudarc::driver::CudaSlice;
-use gleaner::cuda::ops::{NO_TOKEN, Sent, answer, sampling_words};
+use gleaner::cuda::ops::{Logits, NO_TOKEN, Sampled, Sent, answer, sampling_words};
 use gleaner::reader::Sampling;
+use half::bf16;
 
 use super::{Gpu, Noise};
 
@@ -11,30 +12,59 @@ const SLOTS: usize = 3;
 
 struct Answer<'a> {
     gpu: &'a Gpu,
-    token: CudaSlice<u32>,
+    x: CudaSlice<bf16>,
     state: CudaSlice<i32>,
     sent: Sent,
+    /// Row `id` of it is the bits of `id`, and something else.
+    embedding: CudaSlice<bf16>,
 }
 
 impl Answer<'_> {
-    fn new(gpu: &Gpu) -> Answer<'_> {
-        let sent = Sent::new(&gpu.device, SLOTS).unwrap();
-        let state = gpu.upload(&[99, 0]);
-        assert_eq!((answer::POSITION, answer::TOKENS, answer::LEN), (0, 1, 2));
-        Answer { gpu, token: gpu.upload(&[0]), state, sent }
+    fn new(gpu: &Gpu, vocab_size: usize) -> Answer<'_> {
+        let rows = (0..vocab_size).flat_map(|id| [id as u16, (id >> 16) as u16, 7, 7, 7, 7, 7, 7]);
+        Answer {
+            gpu,
+            x: gpu.upload(&[bf16::ZERO; 8]),
+            state: gpu.upload(&[99, 0]),
+            sent: Sent::new(&gpu.device, SLOTS).unwrap(),
+            embedding: gpu.upload(&rows.map(bf16::from_bits).collect::<Vec<_>>()),
+        }
     }
 
     /// The token number `index` from `logits`, which must arrive at all its places.
-    fn next(&mut self, logits: &CudaSlice<f32>, sampling: &Sampling, index: usize) -> u32 {
+    fn next(&mut self, logits: &[f32], sampling: &Sampling, index: usize) -> u32 {
+        assert_eq!((answer::POSITION, answer::TOKENS, answer::LEN), (0, 1, 2));
+        let device = &self.gpu.device;
         let words = self.gpu.upload(&sampling_words(sampling));
-        self.gpu.device.upload_into("state", &[99, index as i32], &mut self.state).unwrap();
-        self.gpu.device.sample(&mut self.token, &mut self.state, &self.sent, logits, &words, logits.len()).unwrap();
+        device.upload_into("state", &[99, index as i32], &mut self.state).unwrap();
+        let mut best = self.gpu.upload(&[likeliest(logits)]);
+        let out = Sampled { x: &mut self.x, answer: &mut self.state, sent: &self.sent };
+        let on_device = self.gpu.upload(logits);
+        let input = Logits { logits: &on_device, best: &mut best, embedding: &self.embedding };
+        device.sample(out, input, &words, logits.len()).unwrap();
         assert_eq!(self.gpu.fetch(&self.state), [100, index as i32 + 1]);
+        assert_eq!(self.gpu.fetch(&best), [0]);
         let sent = self.sent.token(index);
-        let token = self.gpu.fetch(&self.token)[0];
-        assert_eq!(token, if sent == NO_TOKEN { 0 } else { sent });
+        let row = self.gpu.fetch(&self.x);
+        let embedded = row[0].to_bits() as u32 | (row[1].to_bits() as u32) << 16;
+        assert_eq!((embedded, row[2].to_bits()), (if sent == NO_TOKEN { 0 } else { sent }, 7));
         sent
     }
+}
+
+/// The likeliest token as `gemv_logits` leaves it: the logit's bits as an integer of the same order, not-a-number first;
+/// below them, 24 bits for the id, smaller ids greater.
+fn likeliest(logits: &[f32]) -> u64 {
+    let ordered = |(id, logit): (usize, &f32)| {
+        let bits = (logit + 0.0).to_bits();
+        let key = match (logit.is_nan(), bits >> 31) {
+            (true, _) => u32::MAX,
+            (_, 1) => !bits,
+            _ => bits | 1 << 31,
+        };
+        (key as u64) << 24 | ((1 << 24) - 1 - id as u64)
+    };
+    logits.iter().enumerate().map(ordered).max().unwrap()
 }
 
 /// As the documentation of `Sampling` has it: tokens in order of likelihood (of equals, smaller ids first), those that
@@ -83,7 +113,7 @@ fn uniform(seed: u64, index: u64) -> f64 {
 #[ignore = "needs a GPU"]
 fn draws_are_those_of_the_definition() {
     let gpu = Gpu::open();
-    let mut answer = Answer::new(&gpu);
+    let mut answer = Answer::new(&gpu, 151_936);
     let mut exact = 0;
     let mut count = 0;
     for (vocab_size, spread) in [(1, 1.0), (17, 2.0), (8192, 10.0), (151_936, 24.0), (5000, 0.0), (300, 500.0)] {
@@ -94,11 +124,10 @@ fn draws_are_those_of_the_definition() {
         if vocab_size == 8192 {
             logits[5000..].fill(f32::NEG_INFINITY);
         }
-        let logits_gpu = gpu.upload(&logits);
         for (temperature, top_p) in [(1.0, 1.0), (0.7, 0.9), (1.5, 0.5), (0.2, 0.99), (1.0, 1e-6)] {
             for index in 0..20 {
                 let sampling = Sampling { temperature, top_p, seed: 11, ..Sampling::default() };
-                let token = answer.next(&logits_gpu, &sampling, index);
+                let token = answer.next(&logits, &sampling, index);
                 let allowed = draws(&logits, &sampling, uniform(11, index as u64));
                 let case = format!("{vocab_size} tokens, temperature {temperature}, top_p {top_p}, number {index}");
                 assert!(allowed.contains(&token), "{case}: {token}, expected {allowed:?}");
@@ -115,7 +144,7 @@ fn draws_are_those_of_the_definition() {
 #[ignore = "needs a GPU"]
 fn the_likeliest_token_is_taken_at_temperature_zero() {
     let gpu = Gpu::open();
-    let mut answer = Answer::new(&gpu);
+    let mut answer = Answer::new(&gpu, 151_936);
     let greedy = Sampling::default();
     for vocab_size in [1, 2, 1023, 1025, 151_936] {
         let mut noise = Noise::new(3);
@@ -125,16 +154,16 @@ fn the_likeliest_token_is_taken_at_temperature_zero() {
             // Of equals, the one of smaller id.
             best[at] = -3.0;
             best[vocab_size - 1] = -3.0;
-            assert_eq!(answer.next(&gpu.upload(&best), &greedy, at), at as u32);
+            assert_eq!(answer.next(&best, &greedy, at), at as u32);
         }
         for bad in [f32::NAN, f32::INFINITY] {
             logits[vocab_size / 3] = bad;
-            assert_eq!(answer.next(&gpu.upload(&logits), &greedy, 5), NO_TOKEN);
+            assert_eq!(answer.next(&logits, &greedy, 5), NO_TOKEN);
         }
         logits.fill(f32::NEG_INFINITY);
         for temperature in [0.0, 1.0] {
             let sampling = Sampling { temperature, ..Sampling::default() };
-            assert_eq!(answer.next(&gpu.upload(&logits), &sampling, 5), NO_TOKEN);
+            assert_eq!(answer.next(&logits, &sampling, 5), NO_TOKEN);
         }
     }
 }

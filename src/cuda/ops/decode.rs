@@ -73,6 +73,26 @@ impl Sent {
     }
 }
 
+/// Where a sampled token goes.
+pub struct Sampled<'a> {
+    /// Its row of the embedding.
+    pub x: &'a mut CudaSlice<bf16>,
+    /// See [`answer`].
+    pub answer: &'a mut CudaSlice<i32>,
+    /// For the host.
+    pub sent: &'a Sent,
+}
+
+/// What a token is sampled from.
+pub struct Logits<'a> {
+    /// `[vocab_size]`
+    pub logits: &'a CudaSlice<f32>,
+    /// As [`CudaDevice::gemv_logits`] leaves it.
+    pub best: &'a mut CudaSlice<u64>,
+    /// `[vocab_size, hidden_size]`
+    pub embedding: &'a CudaSlice<bf16>,
+}
+
 /// Written by the device where a logit is not a number or infinite.
 pub const NO_TOKEN: u32 = ffi::GLEANER_NO_TOKEN;
 
@@ -96,22 +116,25 @@ pub fn sampling_words(sampling: &Sampling) -> [u64; 2] {
 }
 
 impl CudaDevice {
-    /// `out = norm(a) weight^T`, fp32 `[n]`, for a row `a` `[k]`.
+    /// `out = norm(a) weight^T`, fp32 `[n]`, for a row `a` `[k]`; `best`, which must be 0, becomes the likeliest of the
+    /// first `vocab_size` tokens, for [`CudaDevice::sample`].
     ///
     /// # Errors
     /// As [`CudaDevice::rms_norm`].
     pub fn gemv_logits(
         &self,
         out: &mut CudaSlice<f32>,
+        best: &mut CudaSlice<u64>,
         a: &CudaSlice<bf16>,
         norm: Norm,
         weight: &CudaSlice<bf16>,
-        n: usize,
+        [vocab_size, n]: [usize; 2],
     ) -> Result<()> {
         let k = norm.weight.len();
         let op = || format!("gemv_logits [{n}, {k}]");
-        let valid = n > 0 && n.is_multiple_of(16) && k.is_multiple_of(8) && n < 1 << 24;
-        require(valid, op, "n must be a multiple of 16 below 2^24, k of 8")?;
+        let valid = n > 0 && n.is_multiple_of(16) && k.is_multiple_of(8) && n < 1 << 24 && vocab_size <= n;
+        require(valid, op, "n must be a multiple of 16 below 2^24, k of 8, and the vocabulary not larger than n")?;
+        require(!best.is_empty(), op, "there is no room for the likeliest token")?;
         require(out.len() >= n && a.len() >= k && weight.len() >= n * k, op, "a buffer is smaller than its shape")?;
         check_norm(&op, norm, k)?;
         // SAFETY: as in `rms_norm`.
@@ -119,10 +142,12 @@ impl CudaDevice {
             unsafe {
                 ffi::gleaner_gemv_logits(
                     self.address_mut(out) as *mut f32,
+                    self.address_mut(best) as *mut u64,
                     self.address(a),
                     self.address(norm.weight),
                     self.address(weight),
                     norm.eps,
+                    vocab_size as c_int,
                     n as c_int,
                     k as c_int,
                     self.raw_stream(),
@@ -232,8 +257,7 @@ impl CudaDevice {
         )
     }
 
-    /// The row at `position` of `qkv` over the rows up to it: `out` is `[q * dim]`. Meanwhile the first of `ahead`, at
-    /// most four weights of the kernels to come, are fetched into the cache.
+    /// The row at `position` of `qkv` over the rows up to it: `out` is `[q * dim]`.
     ///
     /// # Errors
     /// As [`CudaDevice::attention`].
@@ -244,22 +268,15 @@ impl CudaDevice {
         qkv: &CudaSlice<bf16>,
         heads: Heads,
         position: Shift,
-        ahead: &[&DeviceLinear],
     ) -> Result<()> {
         let op = || format!("decode_attention [{} of {} heads of {}]", heads.q, heads.kv, heads.dim);
         check_heads(&op, heads)?;
         require(out.len() >= heads.q * heads.dim, op, "the output is smaller than a row")?;
         let lens = AttentionParts::lens(heads.q, heads.dim);
         require(parts.parts.len() >= lens[0] && parts.done.len() >= lens[1], op, "the parts are for fewer heads")?;
-        require(ahead.len() <= ffi::GLEANER_MAX_AHEAD as usize, op, "at most four weights are fetched ahead")?;
-        let span = |linear: &&DeviceLinear| ffi::GleanerSpan {
-            at: self.address(&linear.weight),
-            bytes: linear.weight.num_bytes() as u64,
-        };
-        let ahead: Vec<ffi::GleanerSpan> = ahead.iter().map(span).collect();
+        let max_rows = (qkv.len() / heads.qkv_columns()).min(MAX_ROWS);
         let position = self.shift(Some(position))?;
-        // SAFETY: as in `rms_norm`; the caller keeps the position below the rows of `qkv`. The spans are read before the
-        // call returns.
+        // SAFETY: as in `rms_norm`; the caller keeps the position below the rows of `qkv`.
         check(
             unsafe {
                 ffi::gleaner_decode_attention(
@@ -268,8 +285,7 @@ impl CudaDevice {
                     self.address_mut(&mut parts.done) as *mut i32,
                     self.address(qkv),
                     position,
-                    ahead.as_ptr(),
-                    ahead.len() as c_int,
+                    max_rows as c_int,
                     ATTENTION_SPLITS as c_int,
                     heads.q as c_int,
                     heads.kv as c_int,
@@ -282,39 +298,39 @@ impl CudaDevice {
         )
     }
 
-    /// The next token of an answer, from `logits` `[vocab_size]`: into `token` and, for the host, into `sent`. The answer
-    /// grows by it.
+    /// The next token of an answer, from `logits` `[vocab_size]` and the likeliest of them, which is set to 0 again: for the
+    /// host, into `sent`; its row of `embedding` `[vocab_size, hidden_size]` into `x`. The answer grows by it.
     ///
     /// # Errors
     /// [`Error::Cuda`].
-    pub fn sample(
-        &self,
-        token: &mut CudaSlice<u32>,
-        answer: &mut CudaSlice<i32>,
-        sent: &Sent,
-        logits: &CudaSlice<f32>,
-        sampling: &CudaSlice<u64>,
-        vocab_size: usize,
-    ) -> Result<()> {
-        let op = || format!("sample [{vocab_size}]");
+    pub fn sample(&self, out: Sampled, input: Logits, sampling: &CudaSlice<u64>, vocab_size: usize) -> Result<()> {
+        let Sampled { x, answer, sent } = out;
+        let Logits { logits, best, embedding } = input;
+        let hidden_size = x.len();
+        let op = || format!("sample [{vocab_size}, {hidden_size}]");
         require(vocab_size > 0 && vocab_size < 1 << 24, op, "a vocabulary has from 1 to 2^24 - 1 tokens")?;
-        let fits = !token.is_empty()
-            && answer.len() >= size_of::<ffi::GleanerAnswer>() / 4
+        require(hidden_size.is_multiple_of(8) && hidden_size < 1 << 20, op, "hidden_size must be a multiple of 8")?;
+        let fits = answer.len() >= size_of::<ffi::GleanerAnswer>() / 4
             && sampling.len() >= size_of::<ffi::GleanerSampling>() / 8
-            && logits.len() >= vocab_size;
+            && logits.len() >= vocab_size
+            && embedding.len() >= vocab_size * hidden_size
+            && !best.is_empty();
         require(fits && !sent.memory.is_empty(), op, "a buffer is too small")?;
         // SAFETY: the buffers hold what the kernel touches (checked above). Pinned memory has the same address on the
         // device.
         check(
             unsafe {
                 ffi::gleaner_sample(
-                    self.address_mut(token) as *mut u32,
+                    self.address_mut(x),
                     self.address_mut(answer) as *mut ffi::GleanerAnswer,
                     sent.address as *mut u32,
+                    self.address_mut(best) as *mut u64,
                     self.address(logits) as *const f32,
                     self.address(sampling) as *const ffi::GleanerSampling,
+                    self.address(embedding),
                     sent.memory.len() as c_int,
                     vocab_size as c_int,
+                    hidden_size as c_int,
                     self.raw_stream(),
                 )
             },

@@ -5,7 +5,7 @@
 mod decode;
 mod steps;
 
-pub use decode::{AttentionParts, NO_TOKEN, Norm, Sent, answer, sampling_words};
+pub use decode::{AttentionParts, Logits, NO_TOKEN, Norm, Sampled, Sent, answer, sampling_words};
 pub use steps::{DevicePlan, StepBuffers, StepLog, state};
 
 use std::ffi::{CStr, c_int, c_void};
