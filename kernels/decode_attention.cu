@@ -38,20 +38,12 @@ struct Shared {
 // Place of piece `piece` of a row of `pieces` of them.
 __device__ int swizzled(int row, int piece, int pieces) { return row * pieces + (piece ^ row % 8); }
 
-// Joins the parts of `heads` heads.
+// Joins the parts of `heads` heads. All parts of a value are asked for before the first is used.
 template <int kHeadDim>
 __device__ void join(const Args &args, int first_head, int heads, Shared<kHeadDim> &shared) {
-    constexpr int kStride = kHeadDim + 2, kAhead = 16;
-    const int splits = args.splits, lane = threadIdx.x % 32, outputs = heads * kHeadDim;
+    constexpr int kStride = kHeadDim + 2, kBatch = 16;
+    const int splits = args.splits, lane = threadIdx.x % 32;
     const float *parts = args.parts + static_cast<size_t>(first_head) * splits * kStride;
-    auto value_at = [&](int output, int split) {
-        return __ldcg(parts + (output / kHeadDim * splits + split) * kStride + output % kHeadDim);
-    };
-    // The first values come while the weights are made.
-    float ahead[kAhead];
-    if (threadIdx.x < outputs)
-#pragma unroll
-        for (int s = 0; s < kAhead; ++s) ahead[s] = s < splits ? value_at(threadIdx.x, s) : 0.f;
     for (int head = threadIdx.x / 32; head < heads; head += kWarps) {
         const float *of_head = parts + head * splits * kStride + kHeadDim;
         const float own = lane < splits ? __ldcg(of_head + lane * kStride) : -INFINITY;
@@ -65,16 +57,24 @@ __device__ void join(const Args &args, int first_head, int heads, Shared<kHeadDi
         shared.weights[head][lane] = weight / total;
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < outputs; i += kThreads) {
-        const float *of_output = shared.weights[i / kHeadDim];
-        float value = 0.f;
+    for (int i = threadIdx.x; i < heads * kHeadDim / 2; i += kThreads) {
+        const int head = i / (kHeadDim / 2), pair = i % (kHeadDim / 2);
+        const auto *of_pair = reinterpret_cast<const float2 *>(parts + head * splits * kStride) + pair;
+        float2 value{};
+        for (int first = 0; first < splits; first += kBatch) {
+            float2 batch[kBatch];
 #pragma unroll
-        for (int s = 0; s < kAhead; ++s) {
-            if (s >= splits) break;
-            value += of_output[s] * (i < kThreads ? ahead[s] : value_at(i, s));
+            for (int s = 0; s < kBatch; ++s)
+                batch[s] = __ldcg(of_pair + min(first + s, splits - 1) * (kStride / 2));
+#pragma unroll
+            for (int s = 0; s < kBatch; ++s) {
+                // Beyond the last part weights are 0.
+                const float weight = first + s < splits ? shared.weights[head][first + s] : 0.f;
+                value.x += weight * batch[s].x;
+                value.y += weight * batch[s].y;
+            }
         }
-        for (int s = kAhead; s < splits; ++s) value += of_output[s] * value_at(i, s);
-        args.out[first_head * kHeadDim + i] = __float2bfloat16(value);
+        reinterpret_cast<uint32_t *>(args.out + first_head * kHeadDim)[i] = pack(value.x, value.y);
     }
 }
 

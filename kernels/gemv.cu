@@ -4,7 +4,7 @@
 // four warps share them, each with its part of k. A kernel asks for its first weights while the one before it still runs;
 // only then it waits for what that one writes.
 //
-// Where a norm is given, each CTA brings a times the norm's weights into its shared memory. What a row is divided by is one
+// Where a row is normalised first, each CTA brings a times the norm's weights into its shared memory. What a row is divided by is one
 // number, and is applied to the sums at their end: nothing waits for it.
 #include <type_traits>
 
@@ -28,7 +28,7 @@ struct Logits {
 
 struct Operands {
     const uint4 *a;       // [vectors]
-    const uint4 *norm;    // [vectors] or null
+    const uint4 *norm;    // [vectors], or null for Residual
     const uint4 *weight;  // [n, vectors]
     const bf16 *bias;     // [n] or null
     const int32_t *out_row;  // or null for 0
@@ -88,6 +88,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     extern __shared__ __align__(16) float normed[];
     __shared__ float parts[kWarps][kColumns];
     constexpr int kGroups = kWarps / kSplit;  // of columns, in a CTA at a time
+    // What is added to the residual stream is not normalised; everything else is.
+    constexpr bool kNormed = !std::is_same_v<Epilogue, Residual>;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, vectors = operands.vectors;
     const int groups = operands.n / kColumns, part = warp % kSplit;
     constexpr int kStep = 32 * kSplit;
@@ -110,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     int group = blockIdx.x * kGroups + warp / kSplit;
     start_next();
     if (group < groups) load_first(group);
-    if (operands.norm)
+    if constexpr (kNormed)
         for (int i = threadIdx.x; i < vectors; i += kThreads) {
             const uint4 weights = operands.norm[i];
             const uint32_t words[4] = {weights.x, weights.y, weights.z, weights.w};
@@ -118,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
             for (int w = 0; w < 4; ++w) reinterpret_cast<float2 *>(normed + i * 8)[w] = unpack(words[w]);
         }
     wait_for_previous();
-    const float scale = operands.norm ? normalise(normed, operands) : 1.f;
+    [[maybe_unused]] const float scale = kNormed ? normalise(normed, operands) : 1.f;
     const int row = operands.out_row ? *operands.out_row : 0;
 
     [[maybe_unused]] Wide best = 0;
@@ -133,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
                 for (int u = 0; u < kUnroll; ++u) {
                     const int vector = from + u * kStep;
                     if (vector >= vectors) break;
-                    if (operands.norm) {
+                    if constexpr (kNormed) {
 #pragma unroll
                         for (int c = 0; c < kColumns; ++c) sums[c] = dot(normed + vector * 8, ahead[u][c], sums[c]);
                     } else {
@@ -160,7 +162,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
         }
         if (part > 0 || lane > 0 || group >= groups) continue;
         const int column = column_of(group);
-        for (float &sum : sums) sum *= scale;
+        if constexpr (kNormed)
+            for (float &sum : sums) sum *= scale;
         if constexpr (std::is_same_v<Epilogue, Logits>) {
             *reinterpret_cast<float2 *>(epilogue.out + column) = {sums[0], sums[1]};
             *reinterpret_cast<float2 *>(epilogue.out + column + 8) = {sums[2], sums[3]};

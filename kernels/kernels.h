@@ -48,7 +48,7 @@ int32_t gleaner_gemm_sm90_rope(void *out, const void *a, const void *weight, con
                                const int32_t *rows, const int32_t *row_start, int32_t max_rows, int32_t a_rows,
                                int32_t n, int32_t k, int32_t head_dim, int32_t rope_columns, void *stream);
 
-// The same for one row. Where a norm [k] is given, a [k] is normalised first, as by gleaner_rms_norm but without rounding
+// The same for one row. Where there is a norm [k], a [k] is normalised first, as by gleaner_rms_norm but without rounding
 // what comes of it.
 
 // out fp32 [n]. *best, zero before, becomes the likeliest of the first vocab_size tokens, as gleaner_sample reads it.
