@@ -49,14 +49,15 @@ __device__ void assemble(Shared &shared, const GleanerPlan &plan, const GleanerL
         const uint32_t sentence = i < kept ? loop.kept[i] : first + i - kept;
         int total;
         const int before = scan(shared, i < sentences ? length(plan, sentence) : 0, total);
-        if (i < sentences) {
+        // A sentence has at least one token, so that more than max_tokens of them do not fit either.
+        if (i < sentences && i < loop.max_tokens) {
             loop.sentences[i] = sentence;
             loop.starts[i] = context_tokens + before;
         }
         context_tokens += total;
     }
     const int tokens = plan.prefix_len + context_tokens + plan.tail_len;
-    const bool fits = tokens <= loop.max_tokens;
+    const bool fits = tokens <= loop.max_tokens && sentences <= loop.max_tokens;
     __syncthreads();
     if (fits) {
         for (int i = threadIdx.x / 32; i < sentences; i += kWarps) {

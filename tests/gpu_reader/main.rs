@@ -12,7 +12,7 @@ use std::ops::ControlFlow;
 use std::process::Command;
 use std::sync::Arc;
 
-use common::{DEMO, demo_dir, root};
+use common::{DEMO, demo_dir, golden_folder, root};
 use gleaner::cpu::CpuReader;
 use gleaner::cuda::{CudaDevice, CudaReader};
 use gleaner::model::Model;
@@ -82,34 +82,50 @@ const SCORE_TOLERANCE: f32 = 0.1;
 /// Logits of these models reach 8; a hidden state rounded to bf16 a few times on its way moves them by a few 2^-8 of that.
 const LOGIT_TOLERANCE: f32 = 0.15;
 
-/// One step of noise per architecture.
+/// One step of noise, and the first token of an answer.
+fn check_against_fp32(name: &str, model: Arc<Model>) {
+    let vocab_size = model.config.vocab_size;
+    let cuda = cuda_reader(model.clone());
+    let cpu = CpuReader::new(model);
+    let plan = noise_plan(vocab_size as u32, 10, 4096);
+    let (ours, expected) = (read(&cuda, &plan), read(&cpu, &plan));
+    let largest = expected.kept.iter().map(|kept| kept.score).fold(0.0, f32::max);
+    let common = share_in_common(&ids(&ours), &ids(&expected));
+    let mut worst = 0.0f32;
+    for kept in &ours.kept {
+        if let Some(other) = expected.kept.iter().find(|other| other.sentence == kept.sentence) {
+            worst = worst.max((kept.score - other.score).abs() / largest);
+        }
+    }
+    // The first token of an answer is among those that bf16 cannot tell from the likeliest.
+    let prompt = &plan.tokens[..100];
+    let (_, logits) = cpu.hidden_and_logits(prompt).unwrap();
+    let logits = &logits[logits.len() - vocab_size..];
+    let first = answer(&cuda, prompt, 1);
+    let behind = logits.iter().copied().fold(f32::MIN, f32::max) - logits[first[0] as usize];
+    assert!(behind <= LOGIT_TOLERANCE, "{name}: the first token is {behind} behind the likeliest");
+    println!("{name}: {:.0}% in common, scores within {worst:.1e} of the largest", common * 100.0);
+    assert!(common >= 0.8, "{name}: {common}");
+    assert!(worst <= SCORE_TOLERANCE, "{name}: {worst}");
+}
+
 #[test]
 #[ignore = "needs a GPU"]
 fn architectures_agree_with_the_fp32_reader() {
     for name in ["llama", "llama31_rope", "mistral", "mistral_sliding", "qwen2", "qwen3", "yarn"] {
-        let model = small_model(name);
-        let cuda = cuda_reader(model.clone());
-        let cpu = CpuReader::new(model);
-        let plan = noise_plan(256, 10, 4096);
-        let (ours, expected) = (read(&cuda, &plan), read(&cpu, &plan));
-        let largest = expected.kept.iter().map(|kept| kept.score).fold(0.0, f32::max);
-        let common = share_in_common(&ids(&ours), &ids(&expected));
-        let mut worst = 0.0f32;
-        for kept in &ours.kept {
-            if let Some(other) = expected.kept.iter().find(|other| other.sentence == kept.sentence) {
-                worst = worst.max((kept.score - other.score).abs() / largest);
-            }
-        }
-        // The first token of an answer is among those that bf16 cannot tell from the likeliest.
-        let (prompt, vocab_size) = (&plan.tokens[..100], 256);
-        let (_, logits) = cpu.hidden_and_logits(prompt).unwrap();
-        let logits = &logits[logits.len() - vocab_size..];
-        let first = answer(&cuda, prompt, 1);
-        let behind = logits.iter().copied().fold(f32::MIN, f32::max) - logits[first[0] as usize];
-        assert!(behind <= LOGIT_TOLERANCE, "{name}: the first token is {behind} behind the likeliest");
-        println!("{name}: {:.0}% in common, scores within {worst:.1e} of the largest", common * 100.0);
-        assert!(common >= 0.8, "{name}: {common}");
-        assert!(worst <= SCORE_TOLERANCE, "{name}: {worst}");
+        check_against_fp32(name, small_model(name));
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU, and GLEANER_GOLDEN set to a folder with models in arch/"]
+fn architectures_of_the_environment_agree_with_the_fp32_reader() {
+    let mut folders: Vec<_> =
+        std::fs::read_dir(golden_folder().join("arch")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    folders.sort();
+    assert!(!folders.is_empty());
+    for folder in folders {
+        check_against_fp32(&folder.display().to_string(), Arc::new(Model::open(&folder).unwrap()));
     }
 }
 
