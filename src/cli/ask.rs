@@ -16,15 +16,9 @@ use super::{Failure, ModelArgs};
 /// Evidence that is shown to a person who did not say how much.
 const EVIDENCE: usize = 3;
 
+/// How a document is read and how long the answer may be.
 #[derive(clap::Args)]
-pub struct AskArgs {
-    /// What you want to know
-    question: String,
-    /// The document, UTF-8 text; - reads standard input
-    #[arg(long, value_name = "FILE")]
-    doc: PathBuf,
-    #[command(flatten)]
-    model: ModelArgs,
+pub struct ReadingArgs {
     /// Most tokens of a chunk
     #[arg(long, value_name = "TOKENS", default_value_t = ReadParams::default().window_length)]
     window: usize,
@@ -39,7 +33,32 @@ pub struct AskArgs {
     max_retained: Option<usize>,
     /// Most tokens of the answer
     #[arg(long, value_name = "TOKENS", default_value_t = Sampling::default().max_new_tokens)]
-    max_new_tokens: usize,
+    pub max_new_tokens: usize,
+}
+
+impl ReadingArgs {
+    pub fn read_params(&self) -> ReadParams {
+        ReadParams {
+            window_length: self.window,
+            topk: self.topk,
+            phrase_width: self.phrase,
+            max_retained: self.max_retained,
+            ..ReadParams::default()
+        }
+    }
+}
+
+#[derive(clap::Args)]
+pub struct AskArgs {
+    /// What you want to know
+    question: String,
+    /// The document, UTF-8 text; - reads standard input
+    #[arg(long, value_name = "FILE")]
+    doc: PathBuf,
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    reading: ReadingArgs,
     /// 0 takes the likeliest token each time
     #[arg(long, default_value_t = Sampling::default().temperature)]
     temperature: f32,
@@ -68,15 +87,9 @@ pub struct AskArgs {
 
 pub fn run(args: AskArgs) -> Result<(), Failure> {
     let params = AskParams {
-        read: ReadParams {
-            window_length: args.window,
-            topk: args.topk,
-            phrase_width: args.phrase,
-            max_retained: args.max_retained,
-            ..ReadParams::default()
-        },
+        read: args.reading.read_params(),
         sampling: Sampling {
-            max_new_tokens: args.max_new_tokens,
+            max_new_tokens: args.reading.max_new_tokens,
             temperature: args.temperature,
             top_p: args.top_p,
             seed: args.seed,

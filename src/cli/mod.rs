@@ -2,7 +2,9 @@
 
 mod ask;
 mod bench;
+mod eval;
 mod info;
+mod noise;
 
 use std::io;
 use std::path::PathBuf;
@@ -28,6 +30,8 @@ enum Command {
     Ask(ask::AskArgs),
     /// Measure reading and answering on this machine
     Bench(bench::BenchArgs),
+    /// Measure how well the model finds and answers
+    Eval(eval::EvalArgs),
     /// Show the model, the device, the memory plan and what this build can do
     Info(info::InfoArgs),
 }
@@ -56,6 +60,8 @@ enum Failure {
     Gleaner(Error),
     /// Standard output could not be written.
     Output(io::Error),
+    /// A mistake in what was given to the program, in words.
+    Mistake(String),
 }
 
 impl From<Error> for Failure {
@@ -75,6 +81,7 @@ pub fn run() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Ask(args) => ask::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Eval(args) => eval::run(args),
         Command::Info(args) => info::run(args),
     };
     match result {
@@ -84,6 +91,10 @@ pub fn run() -> ExitCode {
         Err(Failure::Output(error)) => {
             eprintln!("error: cannot write to standard output: {error}");
             ExitCode::from(1)
+        }
+        Err(Failure::Mistake(message)) => {
+            eprintln!("error: {message}");
+            ExitCode::from(2)
         }
         Err(Failure::Gleaner(error)) => {
             eprintln!("error: {error}");

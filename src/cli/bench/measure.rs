@@ -9,6 +9,7 @@ use gleaner::reader::{Reader, Sampling};
 use gleaner::text::{ChatTemplate, Frame, PromptTemplate, Tokenizer};
 use gleaner::{Document, Error};
 
+use super::super::noise::Noise;
 use super::report::{Answer, DocumentReading, Step, TokenizerRate};
 
 /// Tokens of a sentence. As they are equal, the kept ones fill `max_retained` to the last token.
@@ -34,20 +35,6 @@ pub struct Bench<'a> {
     pub reader: &'a dyn Reader,
     pub config: &'a Config,
     pub retained: usize,
-}
-
-/// Uniform pseudo-random numbers, the same in every run (SplitMix64).
-struct Noise(u64);
-
-impl Noise {
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^= z >> 31;
-        ((z as u128 * limit as u128) >> 64) as usize
-    }
 }
 
 impl Bench<'_> {
