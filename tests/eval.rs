@@ -161,3 +161,31 @@ fn folders_that_cannot_be_used_are_refused() {
     std::fs::write(folder.path().join("run.json"), "[]").unwrap();
     assert!(refused(nih(folder.path(), &[])).contains("is not the record of a run"));
 }
+
+/// A limit on the size of files stands for a full disk.
+#[cfg(unix)]
+#[test]
+fn a_full_disk_keeps_what_is_finished() {
+    let folder = tempfile::tempdir().unwrap();
+    let lengths = ["--lengths", "400,500"];
+    let limited = Command::new("sh")
+        .args(["-c", "trap '' XFSZ; ulimit -f 3; exec \"$@\"", "sh", env!("CARGO_BIN_EXE_gleaner")])
+        .args(["eval", "nih", "--device", "cpu", "--window", "256", "--topk", "60", "--max-new-tokens", "24"])
+        .args(["--depths", "3", "--haystack"])
+        .arg(root().join("examples/almanac.txt"))
+        .arg("--out")
+        .arg(folder.path())
+        .args(lengths)
+        .output()
+        .unwrap();
+    let err = String::from_utf8(limited.stderr).unwrap();
+    assert_eq!(limited.status.code(), Some(1), "{err}");
+    assert!(err.contains("cannot write") && err.contains("cases.jsonl"), "{err}");
+    let kept = std::fs::read_to_string(folder.path().join("cases.jsonl")).unwrap();
+    let whole = &kept[..kept.rfind('\n').unwrap() + 1];
+    assert!((1..6).contains(&whole.lines().count()), "{kept}");
+    let (_, err) = succeeds(nih(folder.path(), &lengths));
+    assert!(err.starts_with(&format!("{} cases are finished already", whole.lines().count())), "{err}");
+    assert!(std::fs::read_to_string(folder.path().join("cases.jsonl")).unwrap().starts_with(whole));
+    assert_eq!(cases(folder.path()).len(), 6);
+}

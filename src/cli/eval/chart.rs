@@ -24,7 +24,7 @@ const BELOW: usize = 60;
 const LIGHT: [f64; 3] = [247.0, 251.0, 255.0];
 const DARK: [f64; 3] = [8.0, 48.0, 107.0];
 /// Above it the ground is so dark that white stands out better than black.
-const WHITE_INK: f64 = 0.66;
+const WHITE_INK: f64 = 0.65;
 
 /// The heat maps below each other.
 pub fn svg(title: &str, maps: &[Heatmap]) -> String {

@@ -169,7 +169,7 @@ mod tests {
         }
         assert_eq!(drawn[7], Needle::draw(&mut Noise(7), ""));
         let different: BTreeSet<&str> = drawn.iter().map(|needle| needle.question.as_str()).collect();
-        assert_eq!(different.len(), 100);
+        assert!(different.len() > 90, "a name may come twice, but most differ: {}", different.len());
     }
 
     #[test]
