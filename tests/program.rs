@@ -186,7 +186,8 @@ fn bench_measures_the_bundled_model_on_the_cpu() {
     assert!((1.0..1.1).contains(&(tflop / products)), "{tflop} of {products}");
     // 3000 tokens in chunks of 256; 70 of prompt, 128 retained, the last chunk shorter.
     assert_eq!(report["document"]["steps"], 12);
-    assert_eq!(report["document"]["step_tokens"], 70 + 128 + 256);
+    let step_tokens = report["document"]["mean_step_tokens"].as_f64().unwrap();
+    assert!((256.0..=70.0 + 128.0 + 256.0).contains(&step_tokens), "{step_tokens}");
     positive(&report["document"]["tokens_per_second"], "document");
     assert_eq!(report["answer"]["prompt_tokens"], 70 + 128);
     positive(&report["answer"]["prefill_ms"], "prefill");
