@@ -85,8 +85,8 @@ impl Heatmap {
         for (chunk, range) in chunk_offsets.windows(2).enumerate() {
             let number = chunk + 1;
             write!(out, "<section id=c{number}><h2>Chunk {number}</h2><p dir=auto>")?;
-            for index in range[0] as usize..range[1] as usize {
-                let sentence = &sentences[index];
+            let members = &sentences[range[0] as usize..range[1] as usize];
+            for (index, sentence) in (range[0] as usize..).zip(members) {
                 write_sentence(out, &document.text()[sentence.span.clone()], sentence, ranks.get(&index))?;
             }
             writeln!(out, "</p></section>")?;
@@ -138,15 +138,15 @@ fn write_head(out: &mut impl Write, document: &Document, question: &str, answer:
     for (name, value) in rows {
         writeln!(out, "<tr><th>{name}<td>{value}")?;
     }
-    writeln!(out, "</table>\n<details open><summary>Evidence, best first</summary><ol>")?;
+    writeln!(out, "</table>")?;
+    write_legend(out)?;
+    writeln!(out, "<details open><summary>Evidence, best first</summary><ol>")?;
     for (evidence, rank) in answer.evidence.iter().zip(1..) {
         let (line, score, chunk) = (evidence.line, evidence.score, evidence.chunk + 1);
         let text = escape(&evidence.text);
         writeln!(out, "<li><a href=#e{rank}>line {line}</a>, chunk {chunk}, score {score:.3}: <q dir=auto>{text}</q>")?;
     }
-    writeln!(out, "</ol></details>")?;
-    write_legend(out)?;
-    writeln!(out, "</header>")
+    writeln!(out, "</ol></details></header>")
 }
 
 fn write_legend(out: &mut impl Write) -> io::Result<()> {
@@ -207,4 +207,22 @@ fn escape(text: &str) -> String {
         }
     }
     escaped
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shade_is_half_of_the_next() {
+        let shade = |score, best| Mark { step: 0, score, best }.shade();
+        assert_eq!([8.0, 4.1, 4.0, 2.1, 2.0].map(|score| shade(score, 8.0)), [9, 9, 8, 8, 7]);
+        assert_eq!([1.1 / 256.0, 1.0 / 256.0, 1e-30, 0.0].map(|score| shade(score, 1.0)), [2, 1, 1, 1]);
+        assert_eq!(shade(0.0, 0.0), 1, "a step that scored nothing");
+    }
+
+    #[test]
+    fn no_text_becomes_markup_or_is_lost() {
+        assert_eq!(escape("<a b=\"c\">&amp;\0é"), "&lt;a b=&quot;c&quot;&gt;&amp;amp;\u{fffd}é");
+    }
 }
