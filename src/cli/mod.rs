@@ -2,6 +2,7 @@
 
 mod ask;
 mod bench;
+mod heatmap;
 mod info;
 
 use std::io;
