@@ -71,7 +71,14 @@ pub struct AskParams {
 #[derive(Debug)]
 pub enum Progress<'a> {
     /// The document is cut and tokenised.
-    Planned(&'a DocumentFigures),
+    Planned {
+        /// Its size.
+        figures: &'a DocumentFigures,
+        /// What will be read; the sentences of all reports are indices in it.
+        plan: &'a Plan,
+        /// The bytes of each sentence; together they cover the document without gap.
+        spans: &'a [Range<usize>],
+    },
     /// A chunk was read.
     Step(&'a StepReport),
     /// The answer grew by this text.
@@ -185,7 +192,7 @@ impl Engine {
             chunks: plan.chunks(),
         };
         let planned = Instant::now();
-        if progress(Progress::Planned(&figures)).is_break() {
+        if progress(Progress::Planned { figures: &figures, plan: &plan, spans: &spans }).is_break() {
             return Err(Error::Cancelled);
         }
 

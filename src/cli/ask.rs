@@ -11,6 +11,7 @@ use gleaner::text::PromptTemplate;
 use gleaner::{Answer, AskParams, Document, Engine, Error, Progress};
 use indicatif::{ProgressBar, ProgressStyle};
 
+use super::heatmap::Heatmap;
 use super::{Failure, ModelArgs};
 
 /// Evidence that is shown to a person who did not say how much.
@@ -80,6 +81,9 @@ pub struct AskArgs {
     /// Write what each step kept and dropped, one JSON line a step
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
+    /// Write the document as an HTML page, its sentences shaded by their scores
+    #[arg(long, value_name = "FILE")]
+    heatmap: Option<PathBuf>,
     /// Print the answer alone: no progress bar, no evidence
     #[arg(short, long)]
     quiet: bool,
@@ -100,6 +104,7 @@ pub fn run(args: AskArgs) -> Result<(), Failure> {
     params.sampling.validate()?;
     let document = open_document(&args.doc)?;
     let mut trace = args.trace.as_deref().map(Trace::create).transpose()?;
+    let mut heatmap = args.heatmap.as_deref().map(Heatmap::create).transpose()?;
     let engine = Engine::open(args.model.model(), args.model.device)?;
 
     let bar = match args.quiet || !io::stderr().is_terminal() {
@@ -113,14 +118,20 @@ pub fn run(args: AskArgs) -> Result<(), Failure> {
     let mut failure = None;
     let result = engine.ask_with(&document, &args.question, &params, &mut |progress| {
         let done = match progress {
-            Progress::Planned(figures) => {
+            Progress::Planned { figures, plan, spans } => {
                 bar.set_length(figures.chunks as u64);
+                if let Some(heatmap) = &mut heatmap {
+                    heatmap.planned(plan, spans);
+                }
                 Ok(())
             }
             Progress::Step(report) => {
                 bar.set_position(report.step as u64 + 1);
                 if report.step + 1 == report.steps {
                     bar.finish_and_clear();
+                }
+                if let Some(heatmap) = &mut heatmap {
+                    heatmap.step(report);
                 }
                 trace.as_mut().map_or(Ok(()), |trace| trace.write(report)).map_err(Failure::from)
             }
@@ -142,6 +153,9 @@ pub fn run(args: AskArgs) -> Result<(), Failure> {
     let mut answer = result?;
     if let Some(trace) = trace {
         trace.finish()?;
+    }
+    if let Some(heatmap) = heatmap {
+        heatmap.finish(&document, &args.question, &answer)?;
     }
     for warning in &answer.warnings {
         eprintln!("warning: {warning}");

@@ -3,6 +3,7 @@
 mod ask;
 mod bench;
 mod eval;
+mod heatmap;
 mod info;
 mod noise;
 

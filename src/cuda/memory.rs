@@ -379,10 +379,19 @@ mod tests {
         // Of each query head and of each of 16 parts a sum of values, a maximum and a total.
         let parts = 14 * 16 * 66 * 4;
         let logits_and_tokens = (151936 + 1000) * 4;
-        // Done parts of as many heads as there may be key heads; two counts, two integers of state, the likeliest token and two words of sampling
-        // in 64 bits.
+        // Done parts of as many heads as there may be key heads; two counts, two integers of state; the likeliest token
+        // and two words of sampling, in 64 bits.
         let integers = (14 + 2 + 2 + 2 + 4) * 4;
         let expected = cache + 1001 * row + tables + parts + logits_and_tokens + integers;
         assert_eq!(AnswerSizes::new(&qwen(), 1000, 100).bytes(24), expected);
+    }
+
+    #[test]
+    fn buffers_of_two_answers_hold_either() {
+        let (long_prompt, long_answer) = (AnswerSizes::new(&qwen(), 900, 10), AnswerSizes::new(&qwen(), 100, 2000));
+        let both = long_prompt.union(&long_answer);
+        assert!(!cover(&long_prompt, &long_answer) && !cover(&long_answer, &long_prompt));
+        assert!(cover(&both, &long_prompt) && cover(&both, &long_answer));
+        assert_eq!((both.prompt.x, both.cache), (long_prompt.prompt.x, long_answer.cache));
     }
 }
