@@ -33,6 +33,7 @@
 //! | [`reader`] | the [`Reader`](reader::Reader) trait: the seam between the CPU and the GPU |
 //! | [`cpu`] | the fp32 reader: the definition of what is right |
 //! | [`cuda`] | kernels and device, where a CUDA toolkit was found at build time |
+//! | [`eval`] | metrics for answers: those of LongBench |
 //!
 //! # Two tiers
 //! [`Engine::ask`] takes text and gives an [`Answer`]. One tier below, [`Engine::frame`], [`Engine::plan`] and
@@ -50,6 +51,7 @@ pub mod cpu;
 pub mod cuda;
 mod engine;
 mod error;
+pub mod eval;
 pub mod model;
 pub mod plan;
 pub mod reader;

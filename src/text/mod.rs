@@ -9,6 +9,6 @@ mod tokenizer;
 pub use chat::ChatTemplate;
 pub use document::Document;
 pub use frame::{Frame, PromptTemplate};
-pub(crate) use sentences::python_trim_end;
 pub use sentences::{cut_long_sentence, python_strip, split_sentences};
+pub(crate) use sentences::{is_python_whitespace, python_trim_end};
 pub use tokenizer::Tokenizer;

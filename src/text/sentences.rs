@@ -7,7 +7,7 @@ use std::ops::Range;
 
 /// White space as Python's `str.strip` sees it: Unicode white space and the four information separators
 /// U+001C..U+001F, which Rust's `char::is_whitespace` leaves out.
-fn is_python_whitespace(c: char) -> bool {
+pub(crate) fn is_python_whitespace(c: char) -> bool {
     c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
 }
 
