@@ -4,8 +4,8 @@
 // four warps share them, each with its part of k. A kernel asks for its first weights while the one before it still runs;
 // only then it waits for what that one writes.
 //
-// Where a row is normalised first, each CTA brings a times the norm's weights into its shared memory. What a row is divided by is one
-// number, and is applied to the sums at their end: nothing waits for it.
+// Where a row is normalised first, each CTA brings a times the norm's weights into its shared memory. What a row is divided
+// by is one number, and is applied to the sums at their end: nothing waits for it.
 #include <type_traits>
 
 #include "common.cuh"
