@@ -81,25 +81,7 @@ impl Tensor {
     /// # Panics
     /// If they reach beyond the tensor's end.
     pub fn to_f32(&self, start: usize, out: &mut [f32]) {
-        let size = self.dtype.size();
-        let bytes = &self.bytes()[start * size..(start + out.len()) * size];
-        match self.dtype {
-            Dtype::Bf16 => {
-                for (out, b) in out.iter_mut().zip(bytes.as_chunks().0) {
-                    *out = bf16::from_le_bytes(*b).to_f32();
-                }
-            }
-            Dtype::F16 => {
-                for (out, b) in out.iter_mut().zip(bytes.as_chunks().0) {
-                    *out = f16::from_le_bytes(*b).to_f32();
-                }
-            }
-            Dtype::F32 => {
-                for (out, b) in out.iter_mut().zip(bytes.as_chunks().0) {
-                    *out = f32::from_le_bytes(*b);
-                }
-            }
-        }
+        self.convert(start, out, bf16::to_f32, f16::to_f32, |value| value);
     }
 
     /// Copies the elements from `start` on into `out`, as many as it holds: those stored in another format are rounded
@@ -108,22 +90,33 @@ impl Tensor {
     /// # Panics
     /// If they reach beyond the tensor's end.
     pub fn to_bf16(&self, start: usize, out: &mut [bf16]) {
+        self.convert(start, out, |value| value, |value| bf16::from_f32(value.to_f32()), bf16::from_f32);
+    }
+
+    fn convert<T>(
+        &self,
+        start: usize,
+        out: &mut [T],
+        from_bf16: impl Fn(bf16) -> T,
+        from_f16: impl Fn(f16) -> T,
+        from_f32: impl Fn(f32) -> T,
+    ) {
         let size = self.dtype.size();
         let bytes = &self.bytes()[start * size..(start + out.len()) * size];
         match self.dtype {
             Dtype::Bf16 => {
                 for (out, b) in out.iter_mut().zip(bytes.as_chunks().0) {
-                    *out = bf16::from_le_bytes(*b);
+                    *out = from_bf16(bf16::from_le_bytes(*b));
                 }
             }
             Dtype::F16 => {
                 for (out, b) in out.iter_mut().zip(bytes.as_chunks().0) {
-                    *out = bf16::from_f32(f16::from_le_bytes(*b).to_f32());
+                    *out = from_f16(f16::from_le_bytes(*b));
                 }
             }
             Dtype::F32 => {
                 for (out, b) in out.iter_mut().zip(bytes.as_chunks().0) {
-                    *out = bf16::from_f32(f32::from_le_bytes(*b));
+                    *out = from_f32(f32::from_le_bytes(*b));
                 }
             }
         }

@@ -137,7 +137,8 @@ fn draws_are_those_of_the_definition() {
         }
     }
     println!("draws: {exact} of {count} are those of fp64, the others of numbers 1e-5 beside it");
-    assert!(exact * 50 >= count * 49);
+    // Weights are off by some 2^-22: of so few numbers hardly one lies so near an edge.
+    assert!(exact + 1 >= count);
 }
 
 #[test]
