@@ -359,10 +359,14 @@ impl CudaDevice {
         let fits = out.len() >= rows.max * heads.q * heads.dim && qkv.len() >= rows.max * heads.qkv_columns();
         require(fits, op, "a buffer is smaller than its rows")?;
         let count = self.count(rows)?;
+        let launch = match self.runs_hopper_kernels() {
+            true => ffi::gleaner_attention_sm90,
+            false => ffi::gleaner_attention,
+        };
         // SAFETY: as in `rms_norm`.
         check(
             unsafe {
-                ffi::gleaner_attention(
+                launch(
                     self.address_mut(out),
                     self.address(qkv),
                     count,
