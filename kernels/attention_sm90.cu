@@ -265,7 +265,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         barrier_init_fence();
     }
     __syncthreads();
+    // Written longer ago than by the kernel before, so that it can be read before that has ended.
     const Schedule schedule(args);
+    wait_for_previous();
+    start_next();
     // The roles are the two branches of one condition: what setmaxnreg asks for.
     if (threadIdx.x < kThreads - kConsumers) {
         give_registers<40>();
@@ -285,15 +288,10 @@ int32_t launch(const void *qkv, const Args &args, int max_rows, void *stream) {
     cudaError_t status = cudaGetDevice(&device);
     if (status == cudaSuccess)
         status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    if (status == cudaSuccess)
-        status = cudaFuncSetAttribute(attention_sm90_kernel<kHeadDim>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      kSharedBytes<kHeadDim>);
     if (status != cudaSuccess) return status;
     const int most_pieces = (max_rows + kRows - 1) / kRows * args.num_heads;
     const int grid = most_pieces < multiprocessors ? most_pieces : multiprocessors;
-    attention_sm90_kernel<kHeadDim>
-        <<<grid, kThreads, kSharedBytes<kHeadDim>, static_cast<cudaStream_t>(stream)>>>(map, args);
-    return cudaGetLastError();
+    return launch_overlapping(attention_sm90_kernel<kHeadDim>, grid, kThreads, kSharedBytes<kHeadDim>, stream, map, args);
 }
 
 }  // namespace

@@ -74,6 +74,11 @@ struct Ring {
     __device__ void next() {
         if (++stage == kCount) stage = 0, parity ^= 1;
     }
+    __device__ void skip(int count) {
+        stage += count;
+        parity ^= stage / kCount & 1;
+        stage %= kCount;
+    }
 };
 
 __device__ inline uint32_t cluster_rank() {
