@@ -107,6 +107,10 @@ __device__ void clear_rows(uint32_t tile, int first, int thread) {
 // Waits for all threads of the two warpgroups that multiply.
 __device__ void sync_consumers() { asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory"); }
 
+// The warpgroups start their products in turns, so that one works on probabilities while the other multiplies.
+__device__ void wait_for_turn(int group) { asm volatile("bar.sync %0, %1;" ::"r"(2 + group), "n"(kConsumers) : "memory"); }
+__device__ void give_turn(int group) { asm volatile("bar.arrive %0, %1;" ::"r"(2 + group), "n"(kConsumers) : "memory"); }
+
 template <int kHeadDim>
 __device__ void consume(const Args &args, const Schedule &schedule, const Shared &shared) {
     constexpr int kBytes = kTileBytes<kHeadDim>;
@@ -118,6 +122,7 @@ __device__ void consume(const Args &args, const Schedule &schedule, const Shared
     float scores[kKeys / 2], out[kHeadDim / 2];
     uint32_t probabilities[kKeys / 4];
 
+    if (group == 1) give_turn(0);
     auto start_scores = [&](int stage) {
         wgmma_fence();
 #pragma unroll
@@ -197,9 +202,11 @@ __device__ void consume(const Args &args, const Schedule &schedule, const Shared
         at.next();
         for (int tile = piece.last_tile - 1; tile >= piece.first_tile; --tile) {
             barrier_wait(shared.k_full + at.stage * 8, at.parity);
+            wait_for_turn(group);
             start_scores(at.stage);
             barrier_wait(shared.v_full + previous.stage * 8, previous.parity);
             start_product(previous.stage, tile == piece.last_tile - 1);
+            give_turn(1 - group);
             wgmma_wait<1>();
             wgmma_results(scores);
             if (leads) barrier_arrive_here(shared.k_empty + at.stage * 8);
@@ -265,10 +272,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         barrier_init_fence();
     }
     __syncthreads();
-    // Written longer ago than by the kernel before, so that it can be read before that has ended.
     const Schedule schedule(args);
-    wait_for_previous();
-    start_next();
     // The roles are the two branches of one condition: what setmaxnreg asks for.
     if (threadIdx.x < kThreads - kConsumers) {
         give_registers<40>();
@@ -288,10 +292,15 @@ int32_t launch(const void *qkv, const Args &args, int max_rows, void *stream) {
     cudaError_t status = cudaGetDevice(&device);
     if (status == cudaSuccess)
         status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (status == cudaSuccess)
+        status = cudaFuncSetAttribute(attention_sm90_kernel<kHeadDim>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      kSharedBytes<kHeadDim>);
     if (status != cudaSuccess) return status;
     const int most_pieces = (max_rows + kRows - 1) / kRows * args.num_heads;
     const int grid = most_pieces < multiprocessors ? most_pieces : multiprocessors;
-    return launch_overlapping(attention_sm90_kernel<kHeadDim>, grid, kThreads, kSharedBytes<kHeadDim>, stream, map, args);
+    attention_sm90_kernel<kHeadDim>
+        <<<grid, kThreads, kSharedBytes<kHeadDim>, static_cast<cudaStream_t>(stream)>>>(map, args);
+    return cudaGetLastError();
 }
 
 }  // namespace

@@ -9,7 +9,6 @@ constexpr int kThreads = 128;
 __global__ void __launch_bounds__(kThreads)
     embed_kernel(uint4 *__restrict__ x, const uint32_t *prompt, const uint4 *__restrict__ embedding,
                  const int32_t *rows, int vectors) {
-    start_next();
     if (static_cast<int>(blockIdx.x) >= *rows) return;
     const size_t from = static_cast<size_t>(prompt[blockIdx.x]) * vectors;
     const size_t to = static_cast<size_t>(blockIdx.x) * vectors;

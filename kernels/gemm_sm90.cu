@@ -239,7 +239,6 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
     __shared__ uint64_t full_barriers[kMaxStages], empty_barriers[kMaxStages];
     const uint32_t ring = (shared_address(shared) + 1023) / 1024 * 1024;
     const uint32_t full = shared_address(full_barriers), empty = shared_address(empty_barriers);
-    // Written longer ago than by the kernel before, so that it can be read before that has ended.
     const Schedule schedule = schedule_of<Groups, Epilogue>(operands);
     if (threadIdx.x == 0) {
         prefetch_map(&a_map);
@@ -252,8 +251,6 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
         barrier_init_fence();
     }
     cluster_sync();
-    wait_for_previous();
-    start_next();
 
     // The roles are the two branches of one condition: what setmaxnreg asks for.
     if (threadIdx.x < 128) {
@@ -283,12 +280,17 @@ int32_t launch(const void *a, int a_rows, const void *weight, const Operands &op
     cudaError_t status = cudaGetDevice(&device);
     if (status == cudaSuccess)
         status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (status == cudaSuccess)
+        status = cudaFuncSetAttribute(gemm_sm90_kernel<Groups, kBias, Epilogue>,
+                                      cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
     if (status != cudaSuccess) return status;
     const int pairs_m = (max_rows + kTileM * kCluster - 1) / (kTileM * kCluster);
     const int most_pairs = pairs_m * ((operands.n + 127) / 128);
     const int clusters = most_pairs < multiprocessors / kCluster ? most_pairs : multiprocessors / kCluster;
-    return launch_overlapping(gemm_sm90_kernel<Groups, kBias, Epilogue>, clusters * kCluster, kThreads, kSharedBytes,
-                              stream, a_map, weight_map, operands, epilogue);
+    gemm_sm90_kernel<Groups, kBias, Epilogue>
+        <<<clusters * kCluster, kThreads, kSharedBytes, static_cast<cudaStream_t>(stream)>>>(a_map, weight_map, operands,
+                                                                                           epilogue);
+    return cudaGetLastError();
 }
 
 template <class Groups, class Epilogue>

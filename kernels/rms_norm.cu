@@ -1,5 +1,4 @@
-// RMSNorm over rows. A warp a row; 16-byte loads; the row is read twice, the second time from L1. x is not `__restrict__`:
-// it must not be read as a constant, for the kernel before may still write it when this one starts.
+// RMSNorm over rows. A warp a row; 16-byte loads; the row is read twice, the second time from L1.
 #include "common.cuh"
 #include "kernels.h"
 
@@ -14,14 +13,12 @@ union Vector {
 };
 
 __global__ void __launch_bounds__(kThreads)
-    rms_norm_kernel(uint4 *out, const uint4 *x, const uint4 *weight, const int32_t *rows, int hidden_size, float eps) {
+    rms_norm_kernel(uint4 *__restrict__ out, const uint4 *__restrict__ x, const uint4 *__restrict__ weight,
+                    const int32_t *rows, int hidden_size, float eps) {
     const int row = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
-    // Written longer ago than by the kernel before, so that it can be read before that has ended.
     if (row >= *rows) return;
     const int vectors = hidden_size / kVector;
     const size_t first = static_cast<size_t>(row) * vectors;
-    wait_for_previous();
-    start_next();
 
     float sum = 0.f;
     for (int i = lane; i < vectors; i += 32) {
@@ -48,7 +45,8 @@ __global__ void __launch_bounds__(kThreads)
 
 extern "C" int32_t gleaner_rms_norm(void *out, const void *x, const void *weight, const int32_t *rows,
                                     int32_t max_rows, int32_t hidden_size, float eps, void *stream) {
-    return launch_overlapping(rms_norm_kernel, (max_rows + kWarps - 1) / kWarps, kThreads, 0, stream,
-                              static_cast<uint4 *>(out), static_cast<const uint4 *>(x),
-                              static_cast<const uint4 *>(weight), rows, hidden_size, eps);
+    rms_norm_kernel<<<(max_rows + kWarps - 1) / kWarps, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+        static_cast<uint4 *>(out), static_cast<const uint4 *>(x), static_cast<const uint4 *>(weight), rows, hidden_size,
+        eps);
+    return cudaGetLastError();
 }
