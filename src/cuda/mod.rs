@@ -8,7 +8,7 @@ mod ceiling;
 mod device;
 #[cfg(gleaner_cuda)]
 #[allow(unsafe_code)]
-mod ffi;
+pub(crate) mod ffi;
 #[cfg(gleaner_cuda)]
 mod forward;
 // These two need no GPU, so that their tests run everywhere.
@@ -28,6 +28,8 @@ mod record;
 mod staging;
 #[cfg(gleaner_cuda)]
 mod statistics;
+#[cfg(gleaner_cuda)]
+mod timer;
 #[cfg(gleaner_cuda)]
 mod workspace;
 
@@ -55,6 +57,9 @@ pub const BUILT: bool = cfg!(gleaner_cuda);
 
 /// The architectures the kernels were compiled for, as build.rs chose them; empty without kernels.
 pub const ARCHITECTURES: &str = env!("GLEANER_CUDA_ARCHITECTURES");
+
+/// Whether this build shows its work to NVIDIA's profilers as ranges.
+pub const RANGES: bool = cfg!(gleaner_nvtx);
 
 /// The reader of `model` on GPU `ordinal`.
 ///
