@@ -41,8 +41,6 @@ struct Operands {
     int n, k;
 };
 
-__device__ int divide_up(int a, int b) { return (a + b - 1) / b; }
-
 // The work of all clusters: pairs of tiles, those of one tile of the weight after the other.
 struct Schedule {
     int rows, row_start, pairs_m, pairs, k_tiles;
@@ -64,16 +62,6 @@ __device__ int choose_tile(int pairs_m, int n) {
     return middle <= narrow ? 192 : 128;
 }
 
-// A stage, and the parity of the phase its barriers are in.
-template <int kCount>
-struct Ring {
-    int stage = 0;
-    uint32_t parity = 0;
-    __device__ void next() {
-        if (++stage == kCount) stage = 0, parity ^= 1;
-    }
-};
-
 template <int kTileN>
 __device__ void produce(const CUtensorMap *a_map, const CUtensorMap *weight_map, const Schedule &schedule,
                         uint32_t ring, uint32_t full, uint32_t empty) {
@@ -94,20 +82,6 @@ __device__ void produce(const CUtensorMap *a_map, const CUtensorMap *weight_map,
                             k_tile * kTileK, barrier, (1 << kCluster) - 1);
         }
     }
-}
-
-// Four lanes that hold word `lane % 4` of four groups of 16 bytes each get a whole group: that of their own number.
-__device__ uint4 transpose(const uint32_t (&words)[4]) {
-    const int lane = threadIdx.x % 4;
-    const bool odd = lane & 1, upper = lane & 2;
-    // First between neighbours, then between pairs.
-    const uint32_t a = __shfl_xor_sync(0xffffffffu, odd ? words[0] : words[1], 1);
-    const uint32_t b = __shfl_xor_sync(0xffffffffu, odd ? words[2] : words[3], 1);
-    const uint32_t w0 = odd ? a : words[0], w1 = odd ? words[1] : a;
-    const uint32_t w2 = odd ? b : words[2], w3 = odd ? words[3] : b;
-    const uint32_t c = __shfl_xor_sync(0xffffffffu, upper ? w0 : w2, 2);
-    const uint32_t d = __shfl_xor_sync(0xffffffffu, upper ? w1 : w3, 2);
-    return upper ? uint4{c, d, w2, w3} : uint4{w0, w1, c, d};
 }
 
 template <int kTileN, class Epilogue>

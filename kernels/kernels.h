@@ -87,6 +87,10 @@ int32_t gleaner_decode_attention(void *out, float *parts, int32_t *done, const v
 int32_t gleaner_attention(void *out, const void *qkv, const int32_t *rows, int32_t max_rows, int32_t num_heads,
                           int32_t num_kv_heads, int32_t head_dim, int32_t window, void *stream);
 
+// The same on compute capability 9.0.
+int32_t gleaner_attention_sm90(void *out, const void *qkv, const int32_t *rows, int32_t max_rows, int32_t num_heads,
+                               int32_t num_kv_heads, int32_t head_dim, int32_t window, void *stream);
+
 // Where the reading of a document stands.
 typedef struct {
     int32_t chunk;              // of the prompt that lies ready

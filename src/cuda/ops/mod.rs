@@ -372,10 +372,14 @@ impl CudaDevice {
         let Heads { q, kv, dim, window } = heads;
         let work = Work::Attention { q_dim: q * dim, kv_dim: kv * dim, window };
         let _kernel = self.kernel("attention", "", rows.max, work);
+        let launch = match self.runs_hopper_kernels() {
+            true => ffi::gleaner_attention_sm90,
+            false => ffi::gleaner_attention,
+        };
         // SAFETY: as in `rms_norm`.
         check(
             unsafe {
-                ffi::gleaner_attention(
+                launch(
                     self.address_mut(out),
                     self.address(qkv),
                     count,
