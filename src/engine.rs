@@ -113,11 +113,14 @@ impl Engine {
             cuda::describe(ordinal)?;
         }
         let begun = Instant::now();
+        let opening = range!("open");
         let model_dir = model_dir.as_ref();
         let model = Arc::new(Model::open(model_dir)?);
         let tokenizer = Tokenizer::open(&model_dir.join("tokenizer.json"), model.config.vocab_size)?;
         let chat = ChatTemplate::open(model_dir)?;
+        drop(opening);
         let opened = Instant::now();
+        let _upload = range!("upload");
         let (device, reader) = device.reader(model.clone())?;
         let opening = [stage(Stage::Open, begun, opened), stage(Stage::Upload, opened, Instant::now())];
         Ok(Engine { model, tokenizer, chat, reader, device, opening })
@@ -245,7 +248,10 @@ impl Engine {
                 let max_new_tokens = params.sampling.max_new_tokens.min(tokens + 1);
                 let profile =
                     self.reader.profile(&plan, &prompt, &Sampling { max_new_tokens, ..params.sampling.clone() })?;
-                let ceilings = self.ceilings(&mut warnings);
+                let ceilings = match self.device {
+                    Device::Cuda(ordinal) => cuda::ceilings(ordinal, &mut warnings),
+                    _ => Ceilings::default(),
+                };
                 Some(Timings::new(self.opening.into_iter().chain(stages).collect(), profile, ceilings))
             }
             false => None,
@@ -313,18 +319,6 @@ impl Engine {
         }
         let answer = python_strip(&self.tokenizer.decode(&tokens)?).to_owned();
         Ok(Decoded { answer, tokens: tokens.len(), first })
-    }
-
-    /// What the device does at best; a ceiling that cannot be measured is a warning.
-    fn ceilings(&self, warnings: &mut Vec<String>) -> Ceilings {
-        let Device::Cuda(ordinal) = self.device else { return Ceilings::default() };
-        let mut warned = |ceiling: Result<f64>, what: &str| {
-            ceiling.inspect_err(|error| warnings.push(format!("no ceiling for {what}: {error}"))).ok()
-        };
-        Ceilings {
-            gemm_tflops: warned(cuda::gemm_ceiling(ordinal), "matrix products").map(|flops| flops / 1e12),
-            copy_gb_per_s: warned(cuda::copy_ceiling(ordinal), "copies").map(|bytes| bytes / 1e9),
-        }
     }
 
     fn warnings(&self, gleaned: &Gleaned, plan: &Plan, longest_prompt: usize) -> Vec<String> {

@@ -51,6 +51,11 @@ impl Display for Table<'_> {
 
 fn write_stage(out: &mut Formatter, stage: Stage, wall: f64, operations: &[&Operation]) -> fmt::Result {
     let sum: f64 = operations.iter().map(|operation| operation.ms).sum();
+    // A CPU's rates are in thousands of a GPU's.
+    let (unit, scale) = match operations.iter().any(|operation| operation.tflops > Some(1.0)) {
+        true => ("TFLOP/s", 1.0),
+        false => ("GFLOP/s", 1e3),
+    };
     writeln!(
         out,
         "\n{:<32} {:>8} {:>11} {:>7} {:>9} {:>9} {:>8} {:>8}",
@@ -59,7 +64,7 @@ fn write_stage(out: &mut Formatter, stage: Stage, wall: f64, operations: &[&Oper
         "ms",
         "share",
         "us a call",
-        "TFLOP/s",
+        unit,
         "GB/s",
         "of best"
     )?;
@@ -72,13 +77,12 @@ fn write_stage(out: &mut Formatter, stage: Stage, wall: f64, operations: &[&Oper
             operation.ms,
             percent(operation.ms, sum),
             operation.ms * 1e3 / operation.calls as f64,
-            rate(operation.tflops),
+            rate(operation.tflops.map(|tflops| tflops * scale)),
             rate(operation.gb_per_s),
             operation.share_of_best.map_or("-".into(), |share| percent(share, 1.0))
         )?;
     }
-    let of_wall = percent(sum, wall);
-    writeln!(out, "  {:<30} {:>8} {sum:>11.3} {:>7}", "together", "", format_args!("{of_wall} of the stage"))
+    writeln!(out, "  {:<30} {:>8} {sum:>11.3} {:>7} of the stage", "together", "", percent(sum, wall))
 }
 
 #[cfg(test)]

@@ -51,6 +51,7 @@ use crate::Error;
 use crate::Result;
 use crate::model::Model;
 use crate::reader::Reader;
+use crate::timings::Ceilings;
 
 /// Whether this build holds the CUDA kernels.
 pub const BUILT: bool = cfg!(gleaner_cuda);
@@ -105,6 +106,17 @@ pub fn gemm_ceiling(ordinal: usize) -> Result<f64> {
     return CublasLt::open(&CudaDevice::open(ordinal)?)?.ceiling();
     #[cfg(not(gleaner_cuda))]
     Err(not_built(ordinal))
+}
+
+/// Both ceilings of GPU `ordinal`; why one could not be measured goes to `notes`.
+pub fn ceilings(ordinal: usize, notes: &mut Vec<String>) -> Ceilings {
+    let mut noted = |ceiling: Result<f64>, what: &str| {
+        ceiling.inspect_err(|error| notes.push(format!("no ceiling for {what}: {error}"))).ok()
+    };
+    Ceilings {
+        gemm_tflops: noted(gemm_ceiling(ordinal), "matrix products").map(|flops| flops / 1e12),
+        copy_gb_per_s: noted(copy_ceiling(ordinal), "copies").map(|bytes| bytes / 1e9),
+    }
 }
 
 /// The rate at which GPU `ordinal` copies its memory, in bytes read and written a second: a copy of 1 GiB.

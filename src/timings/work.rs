@@ -66,6 +66,11 @@ impl Work {
         Work::Product { n, k, moved: n / 2 }
     }
 
+    /// A product whose output is written once, in fp32.
+    pub fn fp32_product(n: usize, k: usize) -> Work {
+        Work::Product { n, k, moved: 2 * n }
+    }
+
     /// Bytes that are read or written, for `rows` live rows.
     pub fn bytes(&self, rows: usize) -> u64 {
         let numbers = match *self {

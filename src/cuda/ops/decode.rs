@@ -137,8 +137,7 @@ impl CudaDevice {
         require(!best.is_empty(), op, "there is no room for the likeliest token")?;
         require(out.len() >= n && a.len() >= k && weight.len() >= n * k, op, "a buffer is smaller than its shape")?;
         check_norm(&op, norm, k)?;
-        // Written once, in fp32.
-        let _kernel = self.kernel("gemv_logits", "", 1, Work::Product { n, k, moved: 2 * n });
+        let _kernel = self.kernel("gemv_logits", "", 1, Work::fp32_product(n, k));
         // SAFETY: as in `rms_norm`.
         check(
             unsafe {
