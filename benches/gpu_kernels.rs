@@ -2,7 +2,7 @@
 //! shape: `cargo bench --bench gpu_kernels -- [SHAPE] [--json]`, SHAPE as in `gleaner bench`, qwen2.5-0.5b if not given.
 //!
 //! A kernel is recorded many times over operands that take turns and together exceed the L2 cache, and the record is
-//! timed. Bytes are those of all operands once, FLOPs those of products and attention. The share is that of the time
+//! timed. Bytes and FLOPs are those of `gleaner::timings::Work`, as in `gleaner ask --timings`. The share is that of the time
 //! which the FLOPs take at the rate of the best product, or the bytes at that of a copy, whichever is longer.
 #![allow(missing_docs)]
 

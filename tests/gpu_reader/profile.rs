@@ -3,13 +3,15 @@
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::process::Command;
+use std::sync::Arc;
 
+use gleaner::model::Model;
 use gleaner::plan::Plan;
 use gleaner::reader::{Reader, Sampling};
 use gleaner::timings::{Operation, Stage};
 use gleaner::{Answer, AskParams, Device, Document, Engine};
 
-use super::common::{DEMO, demo_dir, noise_plan, root, small_model};
+use super::common::{demo_dir, noise_plan, root};
 use super::{answer, cuda_reader, read};
 
 const NEW_TOKENS: usize = 8;
@@ -65,9 +67,13 @@ fn expected_calls(
 #[test]
 #[ignore = "needs a GPU"]
 fn profiles_cover_every_launch_and_change_nothing() {
-    let models = ["qwen3", "llama", "mistral_sliding"].map(small_model);
-    for model in models.into_iter().chain([DEMO.clone()]) {
+    let arch = root().join("tests/golden/arch");
+    for folder in [arch.join("qwen3"), arch.join("llama"), arch.join("mistral_sliding"), demo_dir()] {
+        let mut model = Model::open(folder).unwrap();
+        // Without end tokens an answer is as long as it is asked to be.
+        model.generation_config.eos_token_id.clear();
         let config = model.config.clone();
+        let model = Arc::new(model);
         let plan = noise_plan(config.vocab_size as u32, 95, 200);
         let prompt = &plan.tokens[..60];
         let reader = cuda_reader(model.clone());
@@ -80,12 +86,9 @@ fn profiles_cover_every_launch_and_change_nothing() {
             .map(|operation| ((operation.stage.name(), operation.name.as_str()), operation.calls))
             .collect();
         let head_norms = model.layers[0].q_norm.is_some();
-        let decoded = before.1.len() as u64 - (before.1.len() == NEW_TOKENS) as u64;
-        // An answer that an end token ended early has further tokens under way.
-        if before.1.len() == NEW_TOKENS {
-            let expected = expected_calls(config.num_hidden_layers as u64, head_norms, plan.chunks() as u64, decoded);
-            assert_eq!(calls, expected, "{:?}", config.architecture);
-        }
+        let expected =
+            expected_calls(config.num_hidden_layers as u64, head_norms, plan.chunks() as u64, NEW_TOKENS as u64 - 1);
+        assert_eq!(calls, expected, "{:?}", config.architecture);
 
         let mut flops = 0;
         let question_rows = plan.shape().question_rows;
@@ -118,8 +121,12 @@ fn kernels_of_the_almanac_take_about_as_long_as_its_steps() {
     println!("{wall:.3} ms to read, {kernels:.3} ms of kernels one by one");
     assert!((0.5..2.0).contains(&(kernels / wall)), "{kernels} of {wall} ms");
     for operation in timings.operations.iter().filter(|operation| operation.bytes > 0) {
-        let share = operation.share_of_best.or((!runs[1].warnings.is_empty()).then_some(0.0)).unwrap();
-        assert!(share < 2.0, "no kernel is twice as fast as what is possible: {operation:?}");
+        // Without cuBLASLt there is no ceiling, and a warning.
+        assert!(operation.share_of_best.is_some() || !runs[1].warnings.is_empty(), "{operation:?}");
+        assert!(
+            operation.share_of_best.is_none_or(|share| share < 2.0),
+            "no kernel is twice as fast as what is possible: {operation:?}"
+        );
     }
 }
 
