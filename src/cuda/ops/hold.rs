@@ -56,7 +56,7 @@ impl CudaDevice {
     ///
     /// # Errors
     /// [`Error::Cuda`].
-    pub fn hold(&self, gate: &mut Gate) -> Result<()> {
+    pub(in crate::cuda) fn hold(&self, gate: &mut Gate) -> Result<()> {
         gate.turn = gate.turn.wrapping_add(1);
         let released = gate.address as *const u32;
         // SAFETY: pinned memory has the same address on the device; it is freed behind everything on the stream.
@@ -67,7 +67,7 @@ impl CudaDevice {
     ///
     /// # Errors
     /// [`Error::Cuda`].
-    pub fn launch_nothing(&self) -> Result<()> {
+    pub(in crate::cuda) fn launch_nothing(&self) -> Result<()> {
         // SAFETY: a null address is not read.
         check(unsafe { ffi::gleaner_hold(std::ptr::null(), 0, 0, self.raw_stream()) }, || "hold".into())
     }
