@@ -2,7 +2,8 @@
 //!
 //! A pass, a step or a token, is held on the device until the host has launched all of it: an event that finds the stream
 //! idle would stand before its kernel by the time of a launch. Events keep kernels apart that would overlap otherwise
-//! (programmatic dependent launch), so that each shows what it takes alone; all of them together may take longer than the pass does without.
+//! (programmatic dependent launch), so that each shows what it takes alone; all of them together may take longer than
+//! the pass does without.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
