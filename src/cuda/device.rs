@@ -1,6 +1,6 @@
 //! A GPU: found without assuming a driver, opened on its primary context.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use cudarc::driver::sys::CUdevice_attribute::{
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
@@ -11,6 +11,7 @@ use cudarc::driver::{
 };
 
 use super::statistics::{Counters, Statistics};
+use super::timer::Timer;
 use crate::{Error, Result};
 
 /// Oldest compute capability the kernels run on.
@@ -27,6 +28,8 @@ pub struct CudaDevice {
     /// Whether to run the kernels that only Hopper has.
     hopper: bool,
     counters: Arc<Counters>,
+    /// Times launches, where it is asked to.
+    pub(super) timer: Mutex<Option<Timer>>,
 }
 
 pub(super) fn driver_error(what: &str, error: DriverError) -> Error {
@@ -69,7 +72,8 @@ impl CudaDevice {
         let context = CudaContext::new(ordinal).map_err(|error| driver_error("opening the GPU", error))?;
         disable_event_tracking(&context);
         let stream = context.new_stream().map_err(|error| driver_error("creating a stream", error))?;
-        let mut device = CudaDevice { context, stream, ordinal, hopper: false, counters: Arc::default() };
+        let mut device =
+            CudaDevice { context, stream, ordinal, hopper: false, counters: Arc::default(), timer: Mutex::default() };
         let (major, minor) = device.compute_capability()?;
         device.hopper = (major, minor) == HOPPER;
         if (major, minor) < MIN_COMPUTE_CAPABILITY {

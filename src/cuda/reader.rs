@@ -2,7 +2,7 @@
 //! back once.
 
 use std::ops::ControlFlow;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::answer::{self, Answering};
 use super::forward::Forward;
@@ -14,7 +14,9 @@ use super::workspace::Workspace;
 use super::{CudaDevice, memory};
 use crate::model::Model;
 use crate::plan::Plan;
+use crate::range::range;
 use crate::reader::{DropReason, Gleaned, Kept, Memory, MemoryRequest, Reader, Sampling, StepReport};
+use crate::timings::{Profile, Stage};
 use crate::{Error, Result};
 
 /// Reads on a GPU: bf16 storage, fp32 accumulation, fp32 attention scores.
@@ -63,13 +65,6 @@ impl CudaReader {
         Ok(CudaReader { model, gpu, name, counters, graphs: true })
     }
 
-    /// Whether steps and tokens after the first are replayed from a recorded graph, as they are unless told otherwise,
-    /// or launched kernel by kernel, which is slower and shows a profiler each kernel in its place. The results are the
-    /// same to the bit.
-    pub fn set_graphs(&mut self, graphs: bool) {
-        self.graphs = graphs;
-    }
-
     /// What has travelled between host and GPU since the device was opened, the weights included. It can be asked while
     /// another thread reads.
     pub fn statistics(&self) -> Statistics {
@@ -82,33 +77,35 @@ impl CudaReader {
     }
 
     /// All steps of `plan`, and what they did.
-    fn read_steps(&self, forward: &Forward, workspace: &mut Workspace, plan: &Plan) -> Result<StepLog> {
+    fn read_steps(&self, forward: &Forward, workspace: &mut Workspace, plan: &Plan, graphs: bool) -> Result<StepLog> {
         let device = forward.device;
         workspace.plan.upload(device, plan)?;
         workspace.steps.prepare(plan, self.heads())?;
-        device.start(&mut workspace.steps, &workspace.plan)?;
+        device.pass(Stage::Read, Some(0), || device.start(&mut workspace.steps, &workspace.plan))?;
+        let launch = |workspace: &mut Workspace, step: usize| {
+            let _step = range!("step {step}");
+            device.pass(Stage::Read, None, || forward.step(workspace))
+        };
         // The first step loads the kernels, which must not happen while a graph is recorded.
-        forward.step(workspace)?;
-        let replay = self.graphs && plan.chunks() > 1;
+        launch(workspace, 0)?;
+        let replay = graphs && plan.chunks() > 1;
         // Kept until the readback has waited for its last launch.
         let graph = replay.then(|| device.record(|| forward.step(workspace))).transpose()?;
-        for _ in 1..plan.chunks() {
+        for step in 1..plan.chunks() {
             match &graph {
-                Some(graph) => device.launch("launching a step", graph)?,
-                None => forward.step(workspace)?,
+                Some(graph) => {
+                    let _step = range!("step {step}");
+                    device.launch("launching a step", graph)?;
+                }
+                None => launch(workspace, step)?,
             }
         }
         workspace.steps.read_back(device)
     }
-}
 
-impl Reader for CudaReader {
-    /// The steps' reports come together, after the last step, and name no top tokens: between the first chunk and the
-    /// last nothing travels to the host.
-    fn read(&self, plan: &Plan, observe: &mut dyn FnMut(&StepReport) -> ControlFlow<()>) -> Result<Gleaned> {
-        plan.validate(self.model.config.vocab_size)?;
-        let mut gpu = self.gpu.lock().unwrap_or_else(PoisonError::into_inner);
-        let Gpu { device, weights, workspace: slot, .. } = &mut *gpu;
+    /// All steps of `plan`, which is checked, with the buffers of `gpu`.
+    fn read_on(&self, gpu: &mut Gpu, plan: &Plan, graphs: bool) -> Result<StepLog> {
+        let Gpu { device, weights, workspace: slot, .. } = gpu;
         device.bind()?;
         let max_tokens = plan.max_step_tokens();
         if max_tokens >= 1 << 20 {
@@ -117,14 +114,47 @@ impl Reader for CudaReader {
         let needed = ReadSizes::new(&self.model.config, &plan.shape());
         let workspace = Workspace::reserve(slot, device, &self.model, needed)?;
         let forward = Forward { device, weights, config: &self.model.config };
-        let log = match self.read_steps(&forward, workspace, plan) {
-            Ok(log) => log,
-            Err(error) => {
-                // What a failed document leaves behind may be infinite, which a workspace must not be.
-                *slot = None;
-                return Err(error);
-            }
-        };
+        let log = self.read_steps(&forward, workspace, plan, graphs);
+        if log.is_err() {
+            // What a failed document leaves behind may be infinite, which a workspace must not be.
+            *slot = None;
+        }
+        log
+    }
+
+    /// [`Reader::answer`] with the buffers of `gpu`.
+    fn answer_on(
+        &self,
+        gpu: &mut Gpu,
+        prompt: &[u32],
+        sampling: &Sampling,
+        graphs: bool,
+        on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
+    ) -> Result<Vec<u32>> {
+        sampling.validate()?;
+        self.model.check_prompt(prompt)?;
+        let Gpu { device, weights, answering, .. } = gpu;
+        device.bind()?;
+        let forward = Forward { device, weights, config: &self.model.config };
+        let answer = answer::run(&forward, &self.model, answering, prompt, sampling, graphs, on_token);
+        if answer.is_err() {
+            // As after a failed document.
+            *answering = None;
+        }
+        answer
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Gpu> {
+        self.gpu.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Reader for CudaReader {
+    /// The steps' reports come together, after the last step, and name no top tokens: between the first chunk and the
+    /// last nothing travels to the host.
+    fn read(&self, plan: &Plan, observe: &mut dyn FnMut(&StepReport) -> ControlFlow<()>) -> Result<Gleaned> {
+        plan.validate(self.model.config.vocab_size)?;
+        let log = self.read_on(&mut self.lock(), plan, self.graphs)?;
 
         let mut gleaned = Gleaned { kept: Vec::new(), dropped_for_capacity: log.dropped_for_capacity };
         for (step, (&(tokens, context_tokens, retained_tokens), selected)) in
@@ -163,18 +193,26 @@ impl Reader for CudaReader {
         sampling: &Sampling,
         on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
     ) -> Result<Vec<u32>> {
-        sampling.validate()?;
-        self.model.check_prompt(prompt)?;
-        let mut gpu = self.gpu.lock().unwrap_or_else(PoisonError::into_inner);
-        let Gpu { device, weights, answering, .. } = &mut *gpu;
-        device.bind()?;
-        let forward = Forward { device, weights, config: &self.model.config };
-        let answer = answer::run(&forward, &self.model, answering, prompt, sampling, self.graphs, on_token);
-        if answer.is_err() {
-            // As after a failed document.
-            *answering = None;
-        }
-        answer
+        self.answer_on(&mut self.lock(), prompt, sampling, self.graphs, on_token)
+    }
+
+    fn profile(&self, plan: &Plan, prompt: &[u32], sampling: &Sampling) -> Result<Profile> {
+        plan.validate(self.model.config.vocab_size)?;
+        let mut gpu = self.lock();
+        gpu.device.bind()?;
+        gpu.device.start_timer()?;
+        let log = self.read_on(&mut gpu, plan, false).and_then(|log| {
+            self.answer_on(&mut gpu, prompt, sampling, false, &mut |_| ControlFlow::Continue(()))?;
+            Ok(log)
+        });
+        let timer = gpu.device.stop_timer();
+        let log = log?;
+        let step_tokens: Vec<usize> = log.steps.iter().map(|step| step.0).collect();
+        Ok(timer.expect("it was started").profile(&step_tokens))
+    }
+
+    fn set_graphs(&mut self, graphs: bool) {
+        self.graphs = graphs;
     }
 
     /// The buffers of both are kept, so that an answer's come on top of a document's.
