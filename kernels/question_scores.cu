@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kScoreThreads) scores_kernel(ScoreArgs args) {
         const float *logits = args.logits + static_cast<size_t>(row0 + r) * args.max_tokens + c;
         const size_t head_stride = static_cast<size_t>(args.max_rows) * args.max_tokens;
         float sum = 0.f;
-#pragma unroll 8
+#pragma unroll 4
         for (int h = 0; h < args.num_heads; ++h) {
             const float2 stat = row_stats[h * kScoreRows + r];
             sum += expf(logits[h * head_stride] - stat.x) * stat.y;
@@ -131,9 +131,9 @@ __global__ void __launch_bounds__(kScoreThreads) scores_kernel(ScoreArgs args) {
             const int h = i / count, of = i % count;
             const float2 *parts = args.stats + (static_cast<size_t>(h) * args.max_rows + row0 + of) * max_blocks;
             float2 all{-INFINITY, 0.f};
-#pragma unroll 8
+#pragma unroll 4
             for (int b = 0; b < blocks; ++b) all.x = fmaxf(all.x, parts[b].x);
-#pragma unroll 8
+#pragma unroll 4
             for (int b = 0; b < blocks; ++b)
                 if (parts[b].x != -INFINITY) all.y += parts[b].y * expf(parts[b].x - all.x);
             row_stats[h * kScoreRows + of] = {all.x, 1.f / all.y};
