@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use crate::answer::{Answer, DocumentFigures, Evidence, ParamFigures, Timing};
 use crate::cpu::CpuReader;
+use crate::cuda::ExternalStream;
 use crate::model::Model;
 use crate::plan::{Plan, ReadParams};
 use crate::reader::{Gleaned, Reader, Sampling, StepReport};
@@ -24,6 +25,8 @@ pub enum Device {
     Cpu,
     /// The GPU of this ordinal.
     Cuda(usize),
+    /// A GPU, on a stream that the program made.
+    CudaStream(ExternalStream),
 }
 
 impl Device {
@@ -36,6 +39,7 @@ impl Device {
         let gpu = |ordinal, model| Ok((Device::Cuda(ordinal), cuda::reader(ordinal, model)?));
         match self {
             Device::Cuda(ordinal) => gpu(ordinal, model),
+            Device::CudaStream(stream) => Ok((self, cuda::reader_on(stream, model)?)),
             Device::Auto => Ok(gpu(0, model.clone()).unwrap_or_else(|_: Error| cpu(model))),
             Device::Cpu => Ok(cpu(model)),
         }
@@ -101,8 +105,10 @@ impl Engine {
     /// what is wrong with the directory, [`Error::Device`] if the device cannot be used.
     pub fn open(model_dir: impl AsRef<Path>, device: Device) -> Result<Engine> {
         // A device that is not there is the first thing to say: a model may take long to open.
-        if let Device::Cuda(ordinal) = device {
-            cuda::describe(ordinal)?;
+        match device {
+            Device::Cuda(ordinal) => drop(cuda::describe(ordinal)?),
+            Device::CudaStream(stream) => drop(cuda::describe(stream.ordinal())?),
+            Device::Auto | Device::Cpu => {}
         }
         let model_dir = model_dir.as_ref();
         let model = Arc::new(Model::open(model_dir)?);

@@ -14,7 +14,7 @@ use score::{ContextSentence, QuestionAttention, select_sentences, top_k};
 
 use crate::model::Model;
 use crate::plan::{Plan, PlanShape};
-use crate::reader::{Gleaned, Kept, Memory, MemoryRequest, Reader, Sampling, StepReport, TopToken};
+use crate::reader::{Detail, Gleaned, Kept, Memory, MemoryRequest, Reader, Sampling, StepReport, TopToken};
 use crate::sample::sample;
 use crate::{Error, Result};
 
@@ -161,7 +161,12 @@ impl Prompt {
 }
 
 impl Reader for CpuReader {
-    fn read(&self, plan: &Plan, observe: &mut dyn FnMut(&StepReport) -> ControlFlow<()>) -> Result<Gleaned> {
+    fn read_with(
+        &self,
+        plan: &Plan,
+        detail: Detail,
+        observe: &mut dyn FnMut(&StepReport) -> ControlFlow<()>,
+    ) -> Result<Gleaned> {
         plan.validate(self.model.config.vocab_size)?;
         let decoder = Decoder::new(&self.model, plan.max_step_tokens());
         let mut ws = Workspace::default();
@@ -192,6 +197,10 @@ impl Reader for CpuReader {
                 kept: gleaned.kept.clone(),
                 dropped: selection.dropped,
                 top_tokens: selected.iter().map(|&index| prompt.top_token(index, scores[index])).collect(),
+                scores: match detail {
+                    Detail::Selection => Vec::new(),
+                    Detail::Scores => scores.iter().map(|&score| score as f32).collect(),
+                },
             };
             if observe(&report).is_break() {
                 return Err(Error::Cancelled);

@@ -1,0 +1,90 @@
+//! The tier of plans and scores: what a step's scores are, and `Engine::ask` made again from outside the crate.
+
+mod common;
+#[allow(dead_code, reason = "its main is not called")]
+#[path = "../examples/low_level.rs"]
+mod example;
+
+use std::ops::ControlFlow;
+
+use common::{Golden, demo_dir, demo_reader, root, teacher_forced};
+use gleaner::plan::ReadParams;
+use gleaner::reader::{Detail, DropReason, Reader, StepReport};
+use gleaner::{AskParams, Device, Document, Engine};
+
+fn reports(reader: &dyn Reader, plan: &gleaner::plan::Plan, detail: Detail) -> Vec<StepReport> {
+    let mut reports = Vec::new();
+    let keep = &mut |report: &StepReport| {
+        reports.push(report.clone());
+        ControlFlow::Continue(())
+    };
+    reader.read_with(plan, detail, keep).unwrap();
+    reports
+}
+
+/// Against the scores that the reference recorded, in every step. Both sides sum the same products in fp32, in another
+/// order.
+#[test]
+fn scores_are_those_of_the_reference() {
+    const TOLERANCE: f64 = 1e-4;
+    let golden = Golden::open(&root().join("tests/golden/almanac_narrow.safetensors"));
+    let steps = golden.steps();
+    let (plan, _) = teacher_forced(&golden);
+    let reports = reports(&demo_reader(), &plan, Detail::Scores);
+    assert_eq!(reports.len(), steps.len());
+    for (report, step) in reports.iter().zip(&steps) {
+        let largest = step.scores.iter().copied().fold(0.0, f64::max);
+        assert_eq!(report.scores.len(), step.scores.len());
+        let worst = report.scores.iter().zip(&step.scores).map(|(&a, b)| (a as f64 - b).abs()).fold(0.0, f64::max);
+        assert!(worst <= TOLERANCE * largest, "step {}: off by {worst} of {largest}", report.step);
+    }
+}
+
+/// Scores belong to the context's tokens in order: each sentence's best is the score it is kept with, and nothing else in
+/// a report depends on whether scores were asked for.
+#[test]
+fn scores_come_only_when_asked_for_and_agree_with_the_selection() {
+    let engine = Engine::open(demo_dir(), Device::Cpu).unwrap();
+    let text = std::fs::read_to_string(root().join("examples/almanac.txt")).unwrap();
+    let document = Document::new("almanac", &text[..text.floor_char_boundary(8000)]).unwrap();
+    let params = AskParams {
+        read: ReadParams { window_length: 256, topk: 60, max_retained: Some(256), ..ReadParams::default() },
+        ..AskParams::default()
+    };
+    let frame = engine.frame("What is the name of the mayor of Pellinbridge?", &params).unwrap();
+    let (plan, _) = engine.plan(&document, &frame, &params.read).unwrap();
+    let with = reports(engine.reader(), &plan, Detail::Scores);
+    let without = reports(engine.reader(), &plan, Detail::Selection);
+    assert!(plan.chunks() > 3);
+    assert!(with.iter().any(|report| report.dropped.iter().any(|entry| entry.1 == DropReason::MaxRetained)));
+    for (report, plain) in with.into_iter().zip(without) {
+        assert_eq!(report.scores.len(), report.context_tokens);
+        assert!(report.sentences().is_sorted_by(|a, b| a < b));
+        let mut scores = report.scores.iter().copied();
+        for sentence in report.sentences() {
+            let best = scores.by_ref().take(plan.sentence_len(sentence)).fold(0.0, f32::max);
+            if let Some(kept) = report.kept.iter().find(|kept| kept.sentence == sentence) {
+                assert_eq!(kept.score, best);
+            }
+        }
+        assert_eq!(scores.next(), None, "every score has its token");
+        let best = report.scores.iter().copied().fold(0.0, f32::max);
+        assert_eq!(report.top_tokens[0].score as f32, best);
+        assert_eq!(StepReport { scores: Vec::new(), ..report }, plain);
+    }
+}
+
+#[test]
+fn the_example_answers_as_ask_does() {
+    let engine = Engine::open(demo_dir(), Device::Cpu).unwrap();
+    let document = Document::open(root().join("examples/almanac.txt")).unwrap();
+    let question = "What is the name of the mayor of Pellinbridge?";
+    let expected = engine.ask(&document, question, &AskParams::default()).unwrap();
+    let found = example::ask(&engine, &document, question).unwrap();
+    assert_eq!(found.answer, expected.answer);
+    assert_eq!(found.peaks.len(), expected.steps);
+    assert_eq!(found.evidence.len(), expected.evidence.len());
+    for ((bytes, score), evidence) in found.evidence.into_iter().zip(expected.evidence) {
+        assert_eq!((document.text()[bytes].trim(), score), (evidence.text.as_str(), evidence.score));
+    }
+}
