@@ -9,6 +9,7 @@ use gleaner::{AskParams, Device, Document, Engine, Result};
 
 /// What was found.
 pub struct Found {
+    /// The model's words.
     pub answer: String,
     /// Bytes and score of each kept sentence, best first.
     pub evidence: Vec<(Range<usize>, f32)>,

@@ -54,7 +54,7 @@ enum {
     GLEANER_ERROR_BUFFER = 3,    /* a buffer is too small; the count says what is needed */
     GLEANER_ERROR_FILE = 4,      /* a file cannot be opened, read or mapped */
     GLEANER_ERROR_DOCUMENT = 5,  /* a document that is empty or not UTF-8 */
-    GLEANER_ERROR_MODEL = 6,     /* a model file that makes no sense or is not supported */
+    GLEANER_ERROR_MODEL = 6,     /* a model directory that is not there, or a file of it that is not supported */
     GLEANER_ERROR_TEMPLATE = 7,  /* a prompt or chat template, or the tokenizer */
     GLEANER_ERROR_PARAMETER = 8, /* an option out of its range, a question that is empty or too long */
     GLEANER_ERROR_PLAN = 9,      /* tables or tokens that contradict each other or the model */

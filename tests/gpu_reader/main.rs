@@ -4,6 +4,7 @@
 mod checkpoints;
 #[path = "../common/mod.rs"]
 mod common;
+mod embedding;
 mod recorded;
 mod runs;
 
