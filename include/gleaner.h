@@ -81,7 +81,7 @@ typedef struct gleaner_plan gleaner_plan;
 
 /* What went wrong in the calling thread's last call with this engine; "" if nothing did. Valid until that thread's next
  * call with the engine, or until the engine is freed. For calls without an engine, and for one that is not valid, pass
- * NULL. */
+ * NULL: what comes is valid until the thread's next such call. */
 const char *gleaner_last_error(const gleaner_engine *engine);
 
 /* ---- Engines ---------------------------------------------------------------------------------------------------- */

@@ -5,7 +5,6 @@
 
 use std::ffi::{CStr, c_char};
 use std::marker::PhantomData;
-use std::mem::MaybeUninit;
 use std::sync::Arc;
 
 use crate::status::{Failure, Result};
@@ -182,9 +181,9 @@ impl<T: Copy> Out<'_, T> {
         if values.len() > capacity {
             return Err(Failure::buffer(name, values.len(), capacity));
         }
-        let place = pointer.cast::<MaybeUninit<T>>();
-        // SAFETY: the caller vouches for `capacity` elements of room, and there are no more values than that.
-        unsafe { std::slice::from_raw_parts_mut(place, values.len()) }.write_copy_of_slice(values);
+        // SAFETY: the caller vouches for `capacity` elements of room, there are no more values than that, and they are the
+        // library's own memory.
+        unsafe { pointer.copy_from_nonoverlapping(values.as_ptr(), values.len()) };
         Ok(())
     }
 }

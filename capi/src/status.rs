@@ -124,6 +124,11 @@ pub fn call_on(engine: In<Handle<Engine>>, body: impl FnOnce(&Engine) -> Result<
         Ok(engine) => {
             let (status, message) = outcome(guarded(|| body(&engine)));
             engine.set_last_error(message);
+            // Where a callback freed the handle, this was the last share of the engine.
+            let _ = guarded(|| {
+                drop(engine);
+                Ok(())
+            });
             status
         }
         Err(failure) => call(|| Err(failure)),

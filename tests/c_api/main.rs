@@ -149,7 +149,9 @@ fn the_examples_answer() {
     // The same without the shared library.
     let mut cc = compiler(C99);
     cc.arg(source("ask.c")).args(["-x", "none"]).arg(LIBRARY.join("libgleaner.a")).arg("-o").arg(&program);
-    run(cc.args(["-lpthread", "-lm", "-ldl", "-lrt", "-lgcc_s"]));
+    cc.args(["-lpthread", "-lm", "-ldl", "-lrt", "-lgcc_s"]);
+    // nvcc's side of the kernels is C++.
+    run(cc.args(gleaner::cuda::BUILT.then_some("-lstdc++")));
     assert!(output_of(&program, &excerpt).0.starts_with("Clara Whitlock\n"));
 }
 
