@@ -12,6 +12,12 @@ use gleaner::plan::ReadParams;
 use gleaner::reader::{Detail, DropReason, Reader, StepReport};
 use gleaner::{AskParams, Device, Document, Engine};
 
+/// Its first so many bytes.
+fn almanac(bytes: usize) -> Document {
+    let text = std::fs::read_to_string(root().join("examples/almanac.txt")).unwrap();
+    Document::new("almanac", &text[..text.floor_char_boundary(bytes)]).unwrap()
+}
+
 fn reports(reader: &dyn Reader, plan: &gleaner::plan::Plan, detail: Detail) -> Vec<StepReport> {
     let mut reports = Vec::new();
     let keep = &mut |report: &StepReport| {
@@ -45,8 +51,7 @@ fn scores_are_those_of_the_reference() {
 #[test]
 fn scores_come_only_when_asked_for_and_agree_with_the_selection() {
     let engine = Engine::open(demo_dir(), Device::Cpu).unwrap();
-    let text = std::fs::read_to_string(root().join("examples/almanac.txt")).unwrap();
-    let document = Document::new("almanac", &text[..text.floor_char_boundary(8000)]).unwrap();
+    let document = almanac(8000);
     let params = AskParams {
         read: ReadParams { window_length: 256, topk: 60, max_retained: Some(256), ..ReadParams::default() },
         ..AskParams::default()
@@ -77,10 +82,11 @@ fn scores_come_only_when_asked_for_and_agree_with_the_selection() {
 #[test]
 fn the_example_answers_as_ask_does() {
     let engine = Engine::open(demo_dir(), Device::Cpu).unwrap();
-    let document = Document::open(root().join("examples/almanac.txt")).unwrap();
+    let document = almanac(20_000);
     let question = "What is the name of the mayor of Pellinbridge?";
     let expected = engine.ask(&document, question, &AskParams::default()).unwrap();
     let found = example::ask(&engine, &document, question).unwrap();
+    assert_eq!(found.answer, "Clara Whitlock");
     assert_eq!(found.answer, expected.answer);
     assert_eq!(found.peaks.len(), expected.steps);
     assert_eq!(found.evidence.len(), expected.evidence.len());
