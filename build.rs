@@ -25,7 +25,7 @@ struct Toolkit {
 }
 
 fn main() {
-    println!("cargo:rustc-check-cfg=cfg(gleaner_cuda)");
+    println!("cargo:rustc-check-cfg=cfg(gleaner_cuda, gleaner_nvtx)");
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=kernels");
     for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "LIBCLANG_PATH", "GLEANER_REQUIRE_CUDA"] {
@@ -41,6 +41,9 @@ fn main() {
     let architectures = match built {
         Ok(toolkit) => {
             compile(&toolkit, required);
+            if env::var_os("CARGO_FEATURE_NVTX").is_some() {
+                compile_ranges(&toolkit);
+            }
             println!("cargo:rustc-cfg=gleaner_cuda");
             ARCHITECTURES.map(|(_, code)| code).join(" ")
         }
@@ -152,6 +155,19 @@ fn compile(toolkit: &Toolkit, strict: bool) {
                 .map_err(|error| bindgen::BindgenError::ClangDiagnostic(error.to_string()))
         })
         .expect("kernels.h is plain C");
+}
+
+/// Compiles the ranges for profilers, where the toolkit has NVTX's header: not all have it.
+fn compile_ranges(toolkit: &Toolkit) {
+    if !toolkit.include_dir.join("nvtx3/nvToolsExt.h").is_file() {
+        println!(
+            "cargo:warning=building without ranges for profilers: no nvtx3/nvToolsExt.h in {}; the wheel nvidia-nvtx has it",
+            toolkit.include_dir.display()
+        );
+        return;
+    }
+    cc::Build::new().file("kernels/nvtx.c").include(&toolkit.include_dir).compile("gleaner_nvtx");
+    println!("cargo:rustc-cfg=gleaner_nvtx");
 }
 
 /// Ends the build if nvcc failed on `source`, with its own words.

@@ -2,7 +2,7 @@
 //! shape: `cargo bench --bench gpu_kernels -- [SHAPE] [--json]`, SHAPE as in `gleaner bench`, qwen2.5-0.5b if not given.
 //!
 //! A kernel is recorded many times over operands that take turns and together exceed the L2 cache, and the record is
-//! timed. Bytes are those of all operands once, FLOPs those of products and attention. The share is that of the time
+//! timed. Bytes and FLOPs are those of `gleaner::timings::Work`, as in `gleaner ask --timings`. The share is that of the time
 //! which the FLOPs take at the rate of the best product, or the bytes at that of a copy, whichever is longer.
 #![allow(missing_docs)]
 
@@ -28,6 +28,7 @@ mod gpu {
     use gleaner::cuda::{self, CublasLt, CudaDevice};
     use gleaner::model::{Config, RopeTable, SHAPES};
     use gleaner::plan::Plan;
+    use gleaner::timings::{Ceilings, Work};
     use gleaner::{Error, Result};
     use half::bf16;
     use serde_json::json;
@@ -43,7 +44,7 @@ mod gpu {
     const POSITION: usize = 2000;
 
     /// Operands take turns over so much memory: several times the L2 cache.
-    const TURN_BYTES: usize = 256 << 20;
+    const TURN_BYTES: u64 = 256 << 20;
     /// Time of a recorded run, and most launches in it.
     const RUN_MS: f64 = 5.0;
     const MAX_LAUNCHES: usize = 256;
@@ -73,8 +74,7 @@ mod gpu {
         name: &'a str,
         /// Rows, outputs and inputs of a product; what a launch works on otherwise, with 1 where there is nothing to say.
         dims: [usize; 3],
-        bytes: usize,
-        flops: usize,
+        work: Work,
         /// Whether cuBLASLt's product of these dimensions stands beside it.
         product: bool,
     }
@@ -82,8 +82,7 @@ mod gpu {
     struct Bench<'a> {
         device: &'a CudaDevice,
         library: Option<CublasLt<'a>>,
-        /// FLOP/s and bytes a second, where they could be measured.
-        ceilings: [Option<f64>; 2],
+        ceilings: Ceilings,
         config: Config,
         shape: &'a str,
         json: bool,
@@ -116,7 +115,7 @@ mod gpu {
         }
 
         /// As many launches with operands of their own as exceed the L2 cache, where one touches `bytes`.
-        fn turns<'b>(&self, bytes: usize, make: impl Fn() -> Result<Launch<'b>>) -> Result<Vec<Launch<'b>>> {
+        fn turns<'b>(&self, bytes: u64, make: impl Fn() -> Result<Launch<'b>>) -> Result<Vec<Launch<'b>>> {
             (0..TURN_BYTES.div_ceil(bytes).clamp(2, 64)).map(|_| make()).collect()
         }
 
@@ -139,7 +138,8 @@ mod gpu {
         }
 
         fn measure<'b>(&self, kernel: Kernel, make: impl Fn() -> Result<Launch<'b>>) -> Result<()> {
-            let Kernel { name, dims, bytes, flops, product } = kernel;
+            let Kernel { name, dims, work, product } = kernel;
+            let (bytes, flops) = (work.bytes(dims[0]), work.flops(dims[0]));
             let us = self.time(self.turns(bytes, make)?)?;
             let library_us = match &self.library {
                 Some(library) if product => Some(self.time(self.turns(bytes, || {
@@ -151,13 +151,7 @@ mod gpu {
                 _ => None,
             };
             let (gb_per_s, tflops) = (bytes as f64 / us / 1e3, flops as f64 / us / 1e6);
-            let [gemm, copy] = self.ceilings;
-            let floor = |work: usize, rate: Option<f64>| rate.map(|rate| work as f64 / rate * 1e6);
-            let share = match (flops > 0, floor(flops, gemm), floor(bytes, copy)) {
-                (true, Some(flops), Some(bytes)) => Some(flops.max(bytes) / us),
-                (false, _, Some(bytes)) => Some(bytes / us),
-                _ => None,
-            };
+            let share = self.ceilings.share(bytes, flops, us / 1e6);
             if self.json {
                 let line = json!({
                     "shape": self.shape, "kernel": name, "dims": dims, "us": us, "bytes": bytes, "flops": flops,
@@ -186,29 +180,28 @@ mod gpu {
             let (q_dim, qkv) = (config.q_dim(), heads.qkv_columns());
             let ints = self.upload(&[rows as i32])?;
             let count = Rows { ints: &ints, index: 0, max: rows };
-            let kernel = |name, bytes, flops| Kernel { name, dims: [rows, hidden, 1], bytes, flops, product: false };
-            // Operands of a product once, the output `outs` times.
-            let product = |name, n: usize, k: usize, outs: f64| Kernel {
+            let by_row = Work::Elementwise { width: hidden };
+            let kernel = |name| Kernel { name, dims: [rows, hidden, 1], work: by_row, product: false };
+            let product = |name, n, k, work: fn(usize, usize) -> Work| Kernel {
                 name,
                 dims: [rows, n, k],
-                bytes: 2 * (rows * k + n * k + (outs * (rows * n) as f64) as usize),
-                flops: 2 * rows * n * k,
+                work: work(n, k),
                 product: true,
             };
 
             let embedding = self.random(config.vocab_size * hidden)?;
             let prompts = random_tokens(rows, config.vocab_size);
-            self.measure(kernel("embed", 4 * rows * hidden, 0), || {
+            self.measure(kernel("embed"), || {
                 let (mut x, prompt) = (device.zeros(rows * hidden)?, self.upload(&prompts)?);
                 let embedding = &embedding;
                 Ok(Box::new(move || device.embed(&mut x, &prompt, embedding, count, hidden)))
             })?;
-            self.measure(kernel("rms_norm", 4 * rows * hidden, 0), || {
+            self.measure(kernel("rms_norm"), || {
                 let (mut out, x) = (device.zeros(rows * hidden)?, self.random(rows * hidden)?);
                 let weight = self.random(hidden)?;
                 Ok(Box::new(move || device.rms_norm(&mut out, &x, &weight, count, hidden, eps)))
             })?;
-            self.measure(product("gemm_rope qkv", qkv, hidden, 1.0), || {
+            self.measure(product("gemm_rope qkv", qkv, hidden, Work::product), || {
                 let (mut out, a) = (device.zeros(rows * qkv)?, self.random(rows * hidden)?);
                 let (linear, rotation) = (self.linear(qkv, hidden, config.qkv_bias)?, self.rotation());
                 Ok(Box::new(move || device.gemm_rope(&mut out, &a, &linear, rotation, count, None)))
@@ -216,9 +209,7 @@ mod gpu {
             let attention = Kernel {
                 name: "attention",
                 dims: [rows, heads.q, heads.dim],
-                bytes: 2 * rows * (qkv + q_dim),
-                // Half of the square is masked; once q k^T, once p v.
-                flops: 2 * rows * rows * q_dim,
+                work: Work::Attention { q_dim, kv_dim: config.kv_dim(), window: 0 },
                 product: false,
             };
             self.measure(attention, || {
@@ -226,13 +217,13 @@ mod gpu {
                 Ok(Box::new(move || device.attention(&mut out, &qkv, heads, count)))
             })?;
             for (name, k) in [("gemm_residual o", q_dim), ("gemm_residual down", intermediate)] {
-                self.measure(product(name, hidden, k, 2.0), || {
+                self.measure(product(name, hidden, k, Work::residual), || {
                     let (mut x, a) = (self.random(rows * hidden)?, self.random(rows * k)?);
                     let linear = self.linear(hidden, k, false)?;
                     Ok(Box::new(move || device.gemm_residual(&mut x, &a, &linear, count)))
                 })?;
             }
-            self.measure(product("gemm_swiglu", 2 * intermediate, hidden, 0.5), || {
+            self.measure(product("gemm_swiglu gate_up", 2 * intermediate, hidden, Work::swiglu), || {
                 let (mut out, a) = (device.zeros(rows * intermediate)?, self.random(rows * hidden)?);
                 let linear = self.linear(2 * intermediate, hidden, false)?;
                 Ok(Box::new(move || device.gemm_swiglu(&mut out, &a, &linear, count)))
@@ -267,8 +258,11 @@ mod gpu {
             let kernel = Kernel {
                 name: "score_and_select",
                 dims: [rows, QUESTION_ROWS, heads.q],
-                bytes: 2 * (q_len + k_len),
-                flops: 2 * QUESTION_ROWS * rows * config.q_dim(),
+                work: Work::QuestionLogits {
+                    question_rows: QUESTION_ROWS,
+                    q_dim: config.q_dim(),
+                    kv_dim: config.kv_dim(),
+                },
                 product: false,
             };
             self.measure(kernel, || {
@@ -298,15 +292,14 @@ mod gpu {
             let position = Shift { ints: &ints, index: 0 };
             let norm_weight = self.random(hidden)?;
             let norm = Norm { weight: &norm_weight, eps: config.rms_norm_eps };
-            let kernel = |name, n: usize, k: usize| Kernel {
+            let kernel = |name, n, k, work: fn(usize, usize) -> Work| Kernel {
                 name,
                 dims: [1, n, k],
-                bytes: 2 * n * k,
-                flops: 2 * n * k,
+                work: work(n, k),
                 product: false,
             };
             let cache = (POSITION + 1) * qkv;
-            self.measure(kernel("gemv_rope qkv", qkv, hidden), || {
+            self.measure(kernel("gemv_rope qkv", qkv, hidden, Work::product), || {
                 let (mut out, a) = (device.zeros(cache)?, self.random(hidden)?);
                 let (linear, rotation) = (self.linear(qkv, hidden, config.qkv_bias)?, self.rotation());
                 Ok(Box::new(move || device.gemv_rope(&mut out, &a, norm, &linear, rotation, position)))
@@ -314,8 +307,7 @@ mod gpu {
             let attention = Kernel {
                 name: "decode_attention",
                 dims: [POSITION + 1, heads.q, heads.dim],
-                bytes: 4 * (POSITION + 1) * config.kv_dim(),
-                flops: 4 * (POSITION + 1) * q_dim,
+                work: Work::DecodeAttention { q_dim, kv_dim: config.kv_dim(), window: 0 },
                 product: false,
             };
             self.measure(attention, || {
@@ -324,17 +316,17 @@ mod gpu {
                 Ok(Box::new(move || device.decode_attention(&mut out, &mut parts, &qkv, heads, position)))
             })?;
             for (name, k) in [("gemv_residual o", q_dim), ("gemv_residual down", intermediate)] {
-                self.measure(kernel(name, hidden, k), || {
+                self.measure(kernel(name, hidden, k, Work::residual), || {
                     let (mut x, a, linear) = (self.random(hidden)?, self.random(k)?, self.linear(hidden, k, false)?);
                     Ok(Box::new(move || device.gemv_residual(&mut x, &a, &linear)))
                 })?;
             }
-            self.measure(kernel("gemv_swiglu", 2 * intermediate, hidden), || {
+            self.measure(kernel("gemv_swiglu gate_up", 2 * intermediate, hidden, Work::swiglu), || {
                 let (mut out, a) = (device.zeros(intermediate)?, self.random(hidden)?);
                 let linear = self.linear(2 * intermediate, hidden, false)?;
                 Ok(Box::new(move || device.gemv_swiglu(&mut out, &a, norm, &linear)))
             })?;
-            self.measure(kernel("gemv_logits", vocab, hidden), || {
+            self.measure(kernel("gemv_logits", vocab, hidden, Work::fp32_product), || {
                 let (mut out, mut best) = (device.zeros(vocab)?, device.zeros(1)?);
                 let (a, weight) = (self.random(hidden)?, self.random(vocab * hidden)?);
                 Ok(Box::new(move || device.gemv_logits(&mut out, &mut best, &a, norm, &weight, [vocab, vocab])))
@@ -352,8 +344,9 @@ mod gpu {
     }
 
     fn run(device: &CudaDevice, shape: &str, config: Config, json: bool) -> Result<()> {
-        let noted = |ceiling: Result<f64>| ceiling.inspect_err(|error| eprintln!("note: no ceiling: {error}")).ok();
-        let ceilings = [noted(cuda::gemm_ceiling(0)), noted(cuda::copy_ceiling(0))];
+        let mut notes = Vec::new();
+        let ceilings = cuda::ceilings(0, &mut notes);
+        notes.iter().for_each(|note| eprintln!("note: {note}"));
         let rows = ROWS[ROWS.len() - 1];
         let largest = config.hidden_size * config.vocab_size.max(2 * config.intermediate_size);
         let activations = rows * (2 * config.intermediate_size).max(config.q_dim() + 2 * config.kv_dim());
@@ -370,11 +363,14 @@ mod gpu {
             table: device.stream().clone_htod(&by_turns).map_err(driver)?,
         };
         if !json {
-            let show = |rate: Option<f64>, unit| {
-                rate.map_or("not measured".into(), |rate| format!("{:.0} G{unit}/s", rate / 1e9))
-            };
+            let show =
+                |rate: Option<f64>, unit| rate.map_or("not measured".into(), |rate| format!("{rate:.0} G{unit}/s"));
             println!("{shape} on {}", device.describe()?);
-            println!("best product {}, best copy {}\n", show(ceilings[0], "FLOP"), show(ceilings[1], "B"));
+            println!(
+                "best product {}, best copy {}\n",
+                show(ceilings.gemm_tflops.map(|tflops| tflops * 1e3), "FLOP"),
+                show(ceilings.copy_gb_per_s, "B")
+            );
             println!(
                 "{:<20} {:<21} {:>8} {:>8} {:>8} {:>7} {:>8} {:>6} {:>9}",
                 "kernel", "rows x n x k", "us", "MB", "GFLOP", "GB/s", "TFLOP/s", "share", "cuBLASLt"

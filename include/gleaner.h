@@ -200,7 +200,7 @@ gleaner_status gleaner_answer_free(gleaner_answer **answer);
 /* The answer's text, NUL behind it; null if the answer is not valid. length may be null. */
 const char *gleaner_answer_text(const gleaner_answer *answer, size_t *length);
 
-/* The whole answer with figures, parameters, timings and warnings as a JSON object: what `gleaner ask --json` prints. */
+/* The whole answer with figures, parameters, times and warnings as a JSON object: what `gleaner ask --json` prints. */
 const char *gleaner_answer_json(const gleaner_answer *answer);
 
 /* A sentence that the answer was made from. */

@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(Operands operands, Ep
                 const float low[2] = {c[i][j][half * 2] + bias_low.x, c[i][j][half * 2 + 1] + bias_low.y};
                 const float high[2] = {c[i][j + 1][half * 2] + bias_high.x, c[i][j + 1][half * 2 + 1] + bias_high.y};
                 uint32_t words[Epilogue::kWords];
-                epilogue.apply(words, row, column, low, high, loaded[i * 2 + half]);
+                epilogue.apply(words, column, low, high, loaded[i * 2 + half]);
                 store(epilogue, row, column, words);
             }
         }

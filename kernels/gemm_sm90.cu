@@ -2,8 +2,9 @@
 //
 // Two CTAs on neighbouring multiprocessors, a cluster, walk together over pairs of tiles of the output: rows below each
 // other, the same columns of it, so that each fetches half of the weights for both. The first warpgroup of a CTA copies:
-// one thread fills a ring of stages of 64 columns of a and of the weight. The two others multiply, 64 rows each, and hold
-// the next stage in flight while they wait for the one before.
+// one thread fills a ring of stages of 64 columns of a and of the weight. The two others multiply, and hold the
+// next stage in flight while they wait for the one before. They share a tile, 64 rows each, or take whole tiles in turns, so
+// that one stores while the other multiplies: what pays where tiles are many and the epilogue is long.
 //
 // A tile is 128 rows by 128, 192 or 256 columns. Wide tiles move fewer bytes a product, narrow ones fill the last wave
 // better; which costs least depends on the number of live rows, so that the device chooses.
@@ -20,19 +21,39 @@ constexpr int kTileM = 128, kTileK = kBoxColumns;
 constexpr int kCluster = 2;       // CTAs
 constexpr int kWeightBox = 32;    // rows of the weight in a copy
 constexpr int kABytes = kTileM * kTileK * 2, kWeightBoxBytes = kWeightBox * kTileK * 2;
-constexpr int kThreads = 384, kConsumerWarps = 8;
-constexpr int kRingBytes = 4 * (kTileM + 256) * kTileK * 2;
-constexpr int kMaxStages = 6;
+constexpr int kThreads = 384;
+constexpr int kRingBytes = 200 * 1024, kMaxStages = 6;
 constexpr int kSharedBytes = kRingBytes + 1024;  // the ring starts at a multiple of 1024
+
+// How the two warpgroups that multiply share work. A tile costs its columns for each 64 of k, and kTileCost.
+struct Together {
+    static constexpr bool kInTurns = false;
+    static constexpr int kTileCost = 300;
+};
+struct InTurns {
+    static constexpr bool kInTurns = true;
+    static constexpr int kTileCost = 30;
+};
+
+// Rope for heads of one size: what it loads repeats.
+template <int kHeadDim>
+struct HeadRope : Rope {};
+
+// Groups of 16 columns after which what an epilogue loads repeats.
+template <class Epilogue>
+constexpr int kPeriod = INT32_MAX;
+template <int kHeadDim>
+constexpr int kPeriod<HeadRope<kHeadDim>> = kHeadDim / 16;
+
+// Sums, and what the epilogue asks for early, must fit the registers.
+template <class Groups, class Epilogue>
+constexpr int kMaxTileN = Groups::kInTurns || sizeof(typename Epilogue::Loaded) > 8 ? 192 : 256;
 
 template <int kTileN>
 constexpr int kStageBytes = (kTileM + kTileN) * kTileK * 2;
 template <int kTileN>
 constexpr int kStages = kRingBytes / kStageBytes<kTileN>;
 static_assert(kStages<128> == kMaxStages);
-
-// What a tile of so many columns costs: them, and what a tile takes beside its products.
-constexpr int kCost128 = 150, kCost192 = 212, kCost256 = 274;
 
 struct Operands {
     const bf16 *bias;  // [n] or null
@@ -41,11 +62,10 @@ struct Operands {
     int n, k;
 };
 
-__device__ int divide_up(int a, int b) { return (a + b - 1) / b; }
-
 // The work of all clusters: pairs of tiles, those of one tile of the weight after the other.
 struct Schedule {
-    int rows, row_start, pairs_m, pairs, k_tiles;
+    int rows, row_start, k_tiles, pairs_m;
+    int tile_n, pairs;
     __device__ int cluster() const { return blockIdx.x / kCluster; }
     __device__ int clusters() const { return gridDim.x / kCluster; }
     __device__ int row(int pair) const { return (pair % pairs_m * kCluster + cluster_rank()) * kTileM; }
@@ -55,24 +75,35 @@ struct Schedule {
     }
 };
 
-// The tile width that takes the least time for so many pairs of tiles of rows.
-__device__ int choose_tile(int pairs_m, int n) {
+// With the tile width that takes the least time.
+template <class Groups, class Epilogue>
+__device__ Schedule schedule_of(const Operands &operands) {
+    const int rows = *operands.rows, row_start = operands.row_start ? *operands.row_start : 0;
+    Schedule best{rows, row_start, divide_up(operands.k, kTileK), divide_up(rows, kTileM * kCluster), 0, 0};
     const int clusters = gridDim.x / kCluster;
-    auto time = [&](int tile_n, int cost) { return divide_up(pairs_m * divide_up(n, tile_n), clusters) * cost; };
-    const int narrow = time(128, kCost128), middle = time(192, kCost192), wide = time(256, kCost256);
-    if (wide <= middle && wide <= narrow) return 256;
-    return middle <= narrow ? 192 : 128;
+    int least = INT32_MAX;
+#pragma unroll
+    for (int tile_n = 128; tile_n <= kMaxTileN<Groups, Epilogue>; tile_n += 64) {
+        const int pairs = best.pairs_m * divide_up(operands.n, tile_n);
+        const int cost = divide_up(pairs, clusters) * (best.k_tiles * tile_n + Groups::kTileCost);
+        if (cost >= least) continue;
+        least = cost, best.tile_n = tile_n, best.pairs = pairs;
+    }
+    return best;
 }
 
-// A stage, and the parity of the phase its barriers are in.
-template <int kCount>
-struct Ring {
-    int stage = 0;
-    uint32_t parity = 0;
-    __device__ void next() {
-        if (++stage == kCount) stage = 0, parity ^= 1;
-    }
+template <int kTileN>
+struct Tile {
+    static constexpr int n = kTileN;
 };
+
+// Calls `run` with the tile chosen.
+template <int kMaxTileN, class Run>
+__device__ void with_tile(const Schedule &schedule, const Run &run) {
+    if (schedule.tile_n == 128) return run(Tile<128>{});
+    if (kMaxTileN == 192 || schedule.tile_n == 192) return run(Tile<192>{});
+    if constexpr (kMaxTileN == 256) run(Tile<256>{});
+}
 
 template <int kTileN>
 __device__ void produce(const CUtensorMap *a_map, const CUtensorMap *weight_map, const Schedule &schedule,
@@ -96,93 +127,111 @@ __device__ void produce(const CUtensorMap *a_map, const CUtensorMap *weight_map,
     }
 }
 
-// Four lanes that hold word `lane % 4` of four groups of 16 bytes each get a whole group: that of their own number.
-__device__ uint4 transpose(const uint32_t (&words)[4]) {
-    const int lane = threadIdx.x % 4;
-    const bool odd = lane & 1, upper = lane & 2;
-    // First between neighbours, then between pairs.
-    const uint32_t a = __shfl_xor_sync(0xffffffffu, odd ? words[0] : words[1], 1);
-    const uint32_t b = __shfl_xor_sync(0xffffffffu, odd ? words[2] : words[3], 1);
-    const uint32_t w0 = odd ? a : words[0], w1 = odd ? words[1] : a;
-    const uint32_t w2 = odd ? b : words[2], w3 = odd ? words[3] : b;
-    const uint32_t c = __shfl_xor_sync(0xffffffffu, upper ? w0 : w2, 2);
-    const uint32_t d = __shfl_xor_sync(0xffffffffu, upper ? w1 : w3, 2);
-    return upper ? uint4{c, d, w2, w3} : uint4{w0, w1, c, d};
+// Stores the two rows of a tile that this thread holds sums of, eight apart: two of each group of eight columns.
+template <int kTileN, int kUnique, bool kBias, class Epilogue>
+__device__ void finish(const Operands &operands, const Epilogue &epilogue, const float (&c)[kTileN / 2],
+                       const typename Epilogue::Loaded (&loaded)[kUnique][2], int row, int rows, int tile_column) {
+    constexpr int kWords = Epilogue::kWords;
+    const int lane = threadIdx.x % 32, first_column = tile_column + lane % 4 * 2;
+    // Four groups of eight columns of the output at a time, each lane to store one of them.
+    constexpr int kPairs = 4 / kWords;  // of groups of the product
+#pragma unroll
+    for (int j = 0; j < kTileN / 16; j += kPairs) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            uint32_t words[4];
+#pragma unroll
+            for (int p = 0; p < kPairs; ++p) {
+                const int column = first_column + (j + p) * 16;
+                float2 bias_low{}, bias_high{};
+                if (kBias && column < operands.n) {
+                    bias_low = unpack(__ldg(reinterpret_cast<const uint32_t *>(operands.bias + column)));
+                    bias_high = unpack(__ldg(reinterpret_cast<const uint32_t *>(operands.bias + column + 8)));
+                }
+                const float *low_at = c + (j + p) * 8 + half * 2, *high_at = low_at + 4;
+                const float low[2] = {low_at[0] + bias_low.x, low_at[1] + bias_low.y};
+                const float high[2] = {high_at[0] + bias_high.x, high_at[1] + bias_high.y};
+                uint32_t result[kWords];
+                epilogue.apply(result, column, low, high, loaded[(j + p) % kUnique][half]);
+#pragma unroll
+                for (int w = 0; w < kWords; ++w) words[p * kWords + w] = result[w];
+            }
+            const uint4 group = transpose(words);
+            const int column = (tile_column + j * 16) * kWords / 2 + lane % 4 * 8;
+            if (row + half * 8 < rows && column < operands.n * kWords / 2)
+                *reinterpret_cast<uint4 *>(epilogue.out + static_cast<size_t>(row + half * 8) * epilogue.out_stride +
+                                           column) = group;
+        }
+    }
 }
 
-template <int kTileN, class Epilogue>
+// One of the two warpgroups waits at a barrier that the other arrives at.
+__device__ void sync_pair(int barrier) { asm volatile("bar.sync %0, 256;" ::"r"(barrier) : "memory"); }
+__device__ void arrive_pair(int barrier) { asm volatile("bar.arrive %0, 256;" ::"r"(barrier) : "memory"); }
+
+template <class Groups, int kTileN, bool kBias, class Epilogue>
 __device__ void consume(const Operands &operands, const Epilogue &epilogue, const Schedule &schedule, uint32_t ring,
                         uint32_t full, uint32_t empty) {
-    constexpr int kWords = Epilogue::kWords;
-    const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32, rows = schedule.rows;
-    const int group_offset = warp / 4 * (kABytes / 2);
+    constexpr int kStrips = Groups::kInTurns ? 2 : 1;  // of 64 rows, that a warpgroup multiplies
+    constexpr int kStripBytes = 64 * kTileK * 2;
+    const int warp = threadIdx.x / 32 - 4, group = warp / 4, lane = threadIdx.x % 32;
+    const int first_strip = Groups::kInTurns ? 0 : group;
     Ring<kStages<kTileN>> at;
-    for (int pair = schedule.cluster(); pair < schedule.pairs; pair += schedule.clusters()) {
-        const int row = schedule.row(pair) + warp * 16 + lane / 4;
+    int turn = 0;
+    for (int pair = schedule.cluster(); pair < schedule.pairs; pair += schedule.clusters(), ++turn) {
+        if (Groups::kInTurns && turn % 2 != group) {
+            at.skip(schedule.k_tiles);
+            continue;
+        }
+        const int row = schedule.row(pair) + first_strip * 64 + warp % 4 * 16 + lane / 4;
         const int tile_column = schedule.column<kTileN>(pair), first_column = tile_column + lane % 4 * 2;
         // What the epilogue reads is asked for now and is there when the product is.
-        typename Epilogue::Loaded loaded[kTileN / 16][2];
+        constexpr int kUnique = kTileN / 16 < kPeriod<Epilogue> ? kTileN / 16 : kPeriod<Epilogue>;
+        typename Epilogue::Loaded loaded[kStrips][kUnique][2];
 #pragma unroll
-        for (int j = 0; j < kTileN / 16; ++j)
+        for (int strip = 0; strip < kStrips; ++strip)
 #pragma unroll
-            for (int half = 0; half < 2; ++half)
-                if (row + half * 8 < rows && first_column + j * 16 < operands.n)
-                    loaded[j][half] = epilogue.load(row + half * 8, first_column + j * 16);
+            for (int j = 0; j < kUnique; ++j)
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    if (row + strip * 64 + half * 8 < schedule.rows && first_column + j * 16 < operands.n)
+                        loaded[strip][j][half] = epilogue.load(row + strip * 64 + half * 8, first_column + j * 16);
 
-        float c[kTileN / 2];
+        // A barrier tells one phase from the next, not from the one after that: stages may be waited for only when all
+        // before them are there.
+        if (Groups::kInTurns && turn > 0) sync_pair(1 + group);
+        float c[kStrips][kTileN / 2];
         int previous = 0;
         for (int k_tile = 0; k_tile < schedule.k_tiles; ++k_tile, at.next()) {
             barrier_wait(full + at.stage * 8, at.parity);
             const uint32_t stage = ring + at.stage * kStageBytes<kTileN>;
-            const uint64_t a = box_descriptor(stage + group_offset);
+            const uint64_t a = box_descriptor(stage + first_strip * kStripBytes);
             const uint64_t weight = box_descriptor(stage + kABytes);
             wgmma_fence();
 #pragma unroll
             for (int step = 0; step < kTileK / 16; ++step)
-                wgmma<kTileN>(c, a + step * kDescriptorStep, weight + step * kDescriptorStep, k_tile + step);
+#pragma unroll
+                for (int strip = 0; strip < kStrips; ++strip)
+                    wgmma<kTileN>(c[strip], a + strip * (kStripBytes / 16) + step * kDescriptorStep,
+                                  weight + step * kDescriptorStep, k_tile + step);
             wgmma_commit();
             wgmma_wait<1>();
             if (k_tile > 0 && lane < kCluster) barrier_arrive(empty + previous * 8, lane);
             previous = at.stage;
         }
+        if (Groups::kInTurns && pair + schedule.clusters() < schedule.pairs) arrive_pair(2 - group);
         wgmma_wait<0>();
         if (lane < kCluster) barrier_arrive(empty + previous * 8, lane);
-
-        // Four groups of eight columns of the output at a time, each lane to store one of them.
-        constexpr int kPairs = 4 / kWords;  // of groups of the product
 #pragma unroll
-        for (int j = 0; j < kTileN / 16; j += kPairs) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                uint32_t words[4];
-#pragma unroll
-                for (int p = 0; p < kPairs; ++p) {
-                    const int column = first_column + (j + p) * 16;
-                    float2 bias_low{}, bias_high{};
-                    if (operands.bias && column < operands.n) {
-                        bias_low = unpack(__ldg(reinterpret_cast<const uint32_t *>(operands.bias + column)));
-                        bias_high = unpack(__ldg(reinterpret_cast<const uint32_t *>(operands.bias + column + 8)));
-                    }
-                    const float *low_at = c + (j + p) * 8 + half * 2, *high_at = low_at + 4;
-                    const float low[2] = {low_at[0] + bias_low.x, low_at[1] + bias_low.y};
-                    const float high[2] = {high_at[0] + bias_high.x, high_at[1] + bias_high.y};
-                    uint32_t result[kWords];
-                    epilogue.apply(result, min(row + half * 8, rows - 1), column, low, high, loaded[j + p][half]);
-#pragma unroll
-                    for (int w = 0; w < kWords; ++w) words[p * kWords + w] = result[w];
-                }
-                const uint4 group = transpose(words);
-                const int column = (tile_column + j * 16) * kWords / 2 + lane % 4 * 8;
-                if (row + half * 8 < rows && column < operands.n * kWords / 2)
-                    *reinterpret_cast<uint4 *>(epilogue.out +
-                                               static_cast<size_t>(row + half * 8) * epilogue.out_stride + column) =
-                        group;
-            }
+        for (int strip = 0; strip < kStrips; ++strip) {
+            wgmma_results(c[strip]);
+            finish<kTileN, kUnique, kBias>(operands, epilogue, c[strip], loaded[strip], row + strip * 64, schedule.rows,
+                                           tile_column);
         }
     }
 }
 
-template <class Epilogue>
+template <class Groups, bool kBias, class Epilogue>
 __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
     gemm_sm90_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap weight_map,
                      const Operands operands, const Epilogue epilogue) {
@@ -190,49 +239,38 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
     __shared__ uint64_t full_barriers[kMaxStages], empty_barriers[kMaxStages];
     const uint32_t ring = (shared_address(shared) + 1023) / 1024 * 1024;
     const uint32_t full = shared_address(full_barriers), empty = shared_address(empty_barriers);
+    const Schedule schedule = schedule_of<Groups, Epilogue>(operands);
     if (threadIdx.x == 0) {
         prefetch_map(&a_map);
         prefetch_map(&weight_map);
+        const int warps = Groups::kInTurns ? 4 : 8;  // that multiply a stage
         for (int stage = 0; stage < kMaxStages; ++stage) {
             barrier_init(full + stage * 8, 1);
-            barrier_init(empty + stage * 8, kConsumerWarps * kCluster);
+            barrier_init(empty + stage * 8, warps * kCluster);
         }
         barrier_init_fence();
     }
     cluster_sync();
 
-    const int rows = *operands.rows, row_start = operands.row_start ? *operands.row_start : 0;
-    const int pairs_m = divide_up(rows, kTileM * kCluster);
-    const int tile_n = choose_tile(pairs_m, operands.n);
-    const Schedule schedule{rows, row_start, pairs_m, pairs_m * divide_up(operands.n, tile_n),
-                            divide_up(operands.k, kTileK)};
-
     // The roles are the two branches of one condition: what setmaxnreg asks for.
     if (threadIdx.x < 128) {
         give_registers<40>();
-        if (threadIdx.x == 0) {
-            if (tile_n == 128)
-                produce<128>(&a_map, &weight_map, schedule, ring, full, empty);
-            else if (tile_n == 192)
-                produce<192>(&a_map, &weight_map, schedule, ring, full, empty);
-            else
-                produce<256>(&a_map, &weight_map, schedule, ring, full, empty);
-        }
+        if (threadIdx.x == 0)
+            with_tile<kMaxTileN<Groups, Epilogue>>(schedule, [&](auto tile) {
+                produce<tile.n>(&a_map, &weight_map, schedule, ring, full, empty);
+            });
     } else {
         take_registers<232>();
-        if (tile_n == 128)
-            consume<128>(operands, epilogue, schedule, ring, full, empty);
-        else if (tile_n == 192)
-            consume<192>(operands, epilogue, schedule, ring, full, empty);
-        else
-            consume<256>(operands, epilogue, schedule, ring, full, empty);
+        with_tile<kMaxTileN<Groups, Epilogue>>(schedule, [&](auto tile) {
+            consume<Groups, tile.n, kBias>(operands, epilogue, schedule, ring, full, empty);
+        });
     }
     // The other CTA may still copy to this one's memory and arrive at its barriers.
     cluster_sync();
 }
 
 // a holds a_rows rows, dead ones among them.
-template <class Epilogue>
+template <class Groups, bool kBias, class Epilogue>
 int32_t launch(const void *a, int a_rows, const void *weight, const Operands &operands, const Epilogue &epilogue,
                int max_rows, void *stream) {
     CUtensorMap a_map, weight_map;
@@ -243,15 +281,24 @@ int32_t launch(const void *a, int a_rows, const void *weight, const Operands &op
     if (status == cudaSuccess)
         status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
     if (status == cudaSuccess)
-        status = cudaFuncSetAttribute(gemm_sm90_kernel<Epilogue>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      kSharedBytes);
+        status = cudaFuncSetAttribute(gemm_sm90_kernel<Groups, kBias, Epilogue>,
+                                      cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
     if (status != cudaSuccess) return status;
     const int pairs_m = (max_rows + kTileM * kCluster - 1) / (kTileM * kCluster);
     const int most_pairs = pairs_m * ((operands.n + 127) / 128);
     const int clusters = most_pairs < multiprocessors / kCluster ? most_pairs : multiprocessors / kCluster;
-    gemm_sm90_kernel<<<clusters * kCluster, kThreads, kSharedBytes, static_cast<cudaStream_t>(stream)>>>(
-        a_map, weight_map, operands, epilogue);
+    gemm_sm90_kernel<Groups, kBias, Epilogue>
+        <<<clusters * kCluster, kThreads, kSharedBytes, static_cast<cudaStream_t>(stream)>>>(a_map, weight_map, operands,
+                                                                                           epilogue);
     return cudaGetLastError();
+}
+
+template <class Groups, class Epilogue>
+int32_t launch(const void *a, int a_rows, const void *weight, const Operands &operands, const Epilogue &epilogue,
+               int max_rows, void *stream) {
+    // A bias takes registers that turns have not.
+    return operands.bias ? launch<Together, true>(a, a_rows, weight, operands, epilogue, max_rows, stream)
+                         : launch<Groups, false>(a, a_rows, weight, operands, epilogue, max_rows, stream);
 }
 
 }  // namespace
@@ -260,13 +307,13 @@ extern "C" int32_t gleaner_gemm_sm90_residual(void *x, const void *a, const void
                                               const int32_t *rows, int32_t max_rows, int32_t n, int32_t k,
                                               void *stream) {
     const Operands operands{static_cast<const bf16 *>(bias), rows, nullptr, n, k};
-    return launch(a, max_rows, weight, operands, Residual{static_cast<bf16 *>(x), n}, max_rows, stream);
+    return launch<Together>(a, max_rows, weight, operands, Residual{static_cast<bf16 *>(x), n}, max_rows, stream);
 }
 
 extern "C" int32_t gleaner_gemm_sm90_swiglu(void *out, const void *a, const void *weight, const void *bias,
                                             const int32_t *rows, int32_t max_rows, int32_t n, int32_t k, void *stream) {
     const Operands operands{static_cast<const bf16 *>(bias), rows, nullptr, n, k};
-    return launch(a, max_rows, weight, operands, SwiGlu{static_cast<bf16 *>(out), n / 2}, max_rows, stream);
+    return launch<InTurns>(a, max_rows, weight, operands, SwiGlu{static_cast<bf16 *>(out), n / 2}, max_rows, stream);
 }
 
 extern "C" int32_t gleaner_gemm_sm90_rope(void *out, const void *a, const void *weight, const void *bias,
@@ -275,5 +322,9 @@ extern "C" int32_t gleaner_gemm_sm90_rope(void *out, const void *a, const void *
                                           int32_t rope_columns, void *stream) {
     const Operands operands{static_cast<const bf16 *>(bias), rows, row_start, n, k};
     const Rope rope{static_cast<bf16 *>(out), static_cast<const float2 *>(table), row_start, n, head_dim, rope_columns};
-    return launch(a, a_rows, weight, operands, rope, max_rows, stream);
+    switch (head_dim) {
+        case 64: return launch<Together>(a, a_rows, weight, operands, HeadRope<64>{rope}, max_rows, stream);
+        case 128: return launch<Together>(a, a_rows, weight, operands, HeadRope<128>{rope}, max_rows, stream);
+        default: return cudaErrorInvalidValue;
+    }
 }

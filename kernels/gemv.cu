@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
             }
             const float low[2] = {sums[0], sums[1]}, high[2] = {sums[2], sums[3]};
             uint32_t words[Epilogue::kWords];
-            epilogue.apply(words, row, column, low, high, epilogue.load(row, column));
+            epilogue.apply(words, column, low, high, epilogue.load(row, column));
             store(epilogue, row, column, words);
         }
     }

@@ -6,6 +6,8 @@
 
 #include "common.cuh"
 
+__device__ inline int divide_up(int a, int b) { return (a + b - 1) / b; }
+
 // A matrix [rows, columns] of bf16, row-major, that is copied in boxes of 64 columns. A box lies in shared memory as rows
 // of 128 bytes whose 16-byte pieces are swizzled: piece p of row r lies at p ^ (r % 8), so the box must start at a
 // multiple of 1024. What a box has beyond the matrix is filled with zeros.
@@ -49,6 +51,10 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
         : "memory");
 }
 
+__device__ inline void barrier_arrive_here(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 // Arrives at the barrier that lies where `barrier` does in the CTA of this rank in the cluster. That what this thread
 // wrote be visible there is not promised, and would cost a wait.
 __device__ inline void barrier_arrive(uint32_t barrier, uint32_t rank) {
@@ -59,6 +65,21 @@ __device__ inline void barrier_arrive(uint32_t barrier, uint32_t rank) {
         ::"r"(barrier), "r"(rank)
         : "memory");
 }
+
+// A stage of a ring, and the parity of the phase its barriers are in.
+template <int kCount>
+struct Ring {
+    int stage = 0;
+    uint32_t parity = 0;
+    __device__ void next() {
+        if (++stage == kCount) stage = 0, parity ^= 1;
+    }
+    __device__ void skip(int count) {
+        stage += count;
+        parity ^= stage / kCount & 1;
+        stage %= kCount;
+    }
+};
 
 __device__ inline uint32_t cluster_rank() {
     uint32_t rank;
@@ -89,6 +110,9 @@ __device__ inline void copy_box_to(uint32_t to, const CUtensorMap *map, int row,
         : "memory");
 }
 
+// What this thread wrote to shared memory is there for the tensor cores and the copy engine, once a barrier is passed.
+__device__ inline void fence_for_engines() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 __device__ inline void prefetch_map(const CUtensorMap *map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -103,6 +127,20 @@ __device__ inline void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
+// Four lanes that hold word `lane % 4` of four groups of 16 bytes each get a whole group: that of their own number.
+__device__ inline uint4 transpose(const uint32_t (&words)[4]) {
+    const int lane = threadIdx.x % 4;
+    const bool odd = lane & 1, upper = lane & 2;
+    // First between neighbours, then between pairs.
+    const uint32_t a = __shfl_xor_sync(0xffffffffu, odd ? words[0] : words[1], 1);
+    const uint32_t b = __shfl_xor_sync(0xffffffffu, odd ? words[2] : words[3], 1);
+    const uint32_t w0 = odd ? a : words[0], w1 = odd ? words[1] : a;
+    const uint32_t w2 = odd ? b : words[2], w3 = odd ? words[3] : b;
+    const uint32_t c = __shfl_xor_sync(0xffffffffu, upper ? w0 : w2, 2);
+    const uint32_t d = __shfl_xor_sync(0xffffffffu, upper ? w1 : w3, 2);
+    return upper ? uint4{c, d, w2, w3} : uint4{w0, w1, c, d};
+}
+
 // What the tensor cores want to know of a swizzled box: its address and the distance of its groups of eight rows. Adding
 // kDescriptorStep moves on by 16 columns.
 __device__ inline uint64_t box_descriptor(uint32_t address) {
@@ -111,6 +149,14 @@ __device__ inline uint64_t box_descriptor(uint32_t address) {
 }
 constexpr uint64_t kDescriptorStep = 16 * sizeof(bf16) / 16;
 
+// The same for a right operand whose rows are what the product sums over: boxes of 64 columns stand `box_bytes` apart.
+// Adding kRowDescriptorStep moves on by 16 rows.
+__device__ inline uint64_t row_box_descriptor(uint32_t address, uint64_t box_bytes) {
+    constexpr uint64_t kSwizzle128 = 1ull << 62, kGroupBytes = 1024;
+    return kSwizzle128 | kGroupBytes / 16 << 32 | box_bytes / 16 << 16 | (address & 0x3ffff) / 16;
+}
+constexpr uint64_t kRowDescriptorStep = 16 * kBoxColumns * sizeof(bf16) / 16;
+
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -118,6 +164,14 @@ __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.al
 template <int kPending>
 __device__ inline void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Sums that the tensor cores have written may be read from here on, not before: a compiler does not see that the wait
+// before it is what makes them.
+template <int kCount>
+__device__ inline void wgmma_results(float (&d)[kCount]) {
+#pragma unroll
+    for (float &value : d) asm volatile("" : "+f"(value)::"memory");
 }
 
 // d[64, n] = a[64, 16] b[n, 16]^T, added to what d holds if accumulate is not 0. Of each group of eight columns j a lane
@@ -210,5 +264,49 @@ __device__ inline void wgmma<256>(float (&d)[128], uint64_t a, uint64_t b, int a
         "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]),
         "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
         : "l"(a), "l"(b), "r"(accumulate));
+    // clang-format on
+}
+
+// The same with a in registers, its words as `mma` has them for each warp's 16 rows, and b as it lies in memory: [16, n].
+template <int n>
+__device__ void wgmma_registers(float (&d)[n / 2], const uint32_t *a, uint64_t b, int accumulate);
+
+template <>
+__device__ inline void wgmma_registers<64>(float (&d)[32], const uint32_t *a, uint64_t b, int accumulate) {
+    // clang-format off
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+    // clang-format on
+}
+
+template <>
+__device__ inline void wgmma_registers<128>(float (&d)[64], const uint32_t *a, uint64_t b, int accumulate) {
+    // clang-format off
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+        "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
+        "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
+        "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+        "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
+        "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
     // clang-format on
 }

@@ -1,4 +1,4 @@
-// The contract between the kernels and the rest: every launcher, and nothing else. build.rs makes the Rust
+// The contract between the kernels and the rest: every launcher, and a profiler's ranges. build.rs makes the Rust
 // declarations from this file, so it includes no CUDA header.
 //
 // A launcher takes outputs, inputs, dimensions and the stream, in this order. It returns a cudaError_t (0 is success),
@@ -86,6 +86,10 @@ int32_t gleaner_decode_attention(void *out, float *parts, int32_t *done, const v
 // num_kv_heads) * head_dim], bf16. head_dim 64 or 128. window: keys a row may attend to, itself included; 0 for all.
 int32_t gleaner_attention(void *out, const void *qkv, const int32_t *rows, int32_t max_rows, int32_t num_heads,
                           int32_t num_kv_heads, int32_t head_dim, int32_t window, void *stream);
+
+// The same on compute capability 9.0.
+int32_t gleaner_attention_sm90(void *out, const void *qkv, const int32_t *rows, int32_t max_rows, int32_t num_heads,
+                               int32_t num_kv_heads, int32_t head_dim, int32_t window, void *stream);
 
 // Where the reading of a document stands.
 typedef struct {
@@ -191,6 +195,17 @@ int32_t gleaner_sample(void *x, GleanerAnswer *answer, uint32_t *sent, uint64_t 
 // x [rows, hidden_size] = embedding[prompt], bf16
 int32_t gleaner_embed(void *x, const uint32_t *prompt, const void *embedding, const int32_t *rows, int32_t max_rows,
                       int32_t hidden_size, void *stream);
+
+// Keeps the stream until the host has written `turn` to `released`, which is host memory, or `limit` nanoseconds have
+// passed. Where released is null, a kernel that does nothing.
+int32_t gleaner_hold(const uint32_t *released, uint32_t turn, uint64_t limit, void *stream);
+
+// In nvtx.c, which is built where the toolkit has NVTX's header. A range belongs to the thread that pushes it.
+
+// Null if no profiler listens. Others take what it returned, not null.
+void *gleaner_range_domain(void);
+void gleaner_range_push(void *domain, const char *name);
+void gleaner_range_pop(void *domain);
 
 #ifdef __cplusplus
 }

@@ -2,9 +2,10 @@
 //
 // gleaner_question_logits: a CTA has 128 keys and one head, a thread one key; it writes the logits of all question rows
 // and, per row, the maximum and the sum of exponentials over its keys.
-// gleaner_question_scores: a CTA has 64 columns, a thread one; it joins the statistics of each row in order of block,
-// sums the probabilities over heads in order of head, writes that sum out, and adds it to the column's score with the
-// row's weight, squared, in order of row. In the first step each CTA computes the weights itself, the same to the bit.
+// gleaner_question_scores: a CTA has 32 columns and 16 rows at a time, a thread one of each; it joins the statistics of
+// each row in order of block, sums the probabilities over heads in order of head, writes that sum out, and adds it to its
+// share of the column's score with the row's weight, squared. The 16 shares are added in order. In the first step each CTA
+// computes the weights itself, the same to the bit.
 #include <math.h>
 
 #include "common.cuh"
@@ -14,8 +15,8 @@ namespace {
 
 constexpr int kLogitThreads = 128;  // keys of a CTA
 constexpr int kLogitRows = 16;      // question rows at a time
-constexpr int kScoreThreads = 64;   // columns of a CTA
-constexpr int kScoreRows = 32;      // question rows at a time
+constexpr int kScoreColumns = 32, kScoreRows = 16;  // of a CTA, at a time
+constexpr int kScoreThreads = kScoreColumns * kScoreRows;
 
 struct LogitArgs {
     float *logits;  // [num_heads, max_rows, max_tokens]
@@ -100,57 +101,66 @@ struct ScoreArgs {
 
 __global__ void __launch_bounds__(kScoreThreads) scores_kernel(ScoreArgs args) {
     const int tokens = args.state->tokens, rows = args.state->question_rows;
-    const int column = blockIdx.x * kScoreThreads + threadIdx.x;
-    if (blockIdx.x * kScoreThreads >= tokens) return;
+    const int lane = threadIdx.x % kScoreColumns, r = threadIdx.x / kScoreColumns;
+    const int column = blockIdx.x * kScoreColumns + lane;
+    if (blockIdx.x * kScoreColumns >= tokens) return;
     extern __shared__ float2 row_stats[];  // (maximum, 1 / sum) [num_heads, kScoreRows]
-    __shared__ float weights[kScoreRows];
+    __shared__ double shares[kScoreRows][kScoreColumns];
     const int question_start = args.state->question_start;
     const bool first_step = args.state->chunk == 0;
+    const int blocks = blocks_of(tokens), max_blocks = blocks_of(args.max_tokens);
 
-    // Probabilities of one row and column, summed over heads.
-    auto head_sum = [&](int row0, int r, int c) {
+    // Probabilities of this thread's row and a column, summed over heads.
+    auto head_sum = [&](int row0, int c) {
+        const float *logits = args.logits + static_cast<size_t>(row0 + r) * args.max_tokens + c;
+        const size_t head_stride = static_cast<size_t>(args.max_rows) * args.max_tokens;
         float sum = 0.f;
+#pragma unroll 4
         for (int h = 0; h < args.num_heads; ++h) {
             const float2 stat = row_stats[h * kScoreRows + r];
-            const size_t at = (static_cast<size_t>(h) * args.max_rows + row0 + r) * args.max_tokens + c;
-            sum += expf(args.logits[at] - stat.x) * stat.y;
+            sum += expf(logits[h * head_stride] - stat.x) * stat.y;
         }
         return sum;
     };
 
-    double score = 0.;
+    double share = 0.;
     for (int row0 = 0; row0 < rows; row0 += kScoreRows) {
         const int count = min(kScoreRows, rows - row0);
         __syncthreads();
         for (int i = threadIdx.x; i < args.num_heads * count; i += kScoreThreads) {
-            const int h = i / count, r = i % count;
-            const float2 *parts = args.stats + (static_cast<size_t>(h) * args.max_rows + row0 + r) * blocks_of(args.max_tokens);
+            const int h = i / count, of = i % count;
+            const float2 *parts = args.stats + (static_cast<size_t>(h) * args.max_rows + row0 + of) * max_blocks;
             float2 all{-INFINITY, 0.f};
-            for (int b = 0; b < blocks_of(tokens); ++b) all.x = fmaxf(all.x, parts[b].x);
-            for (int b = 0; b < blocks_of(tokens); ++b)
+#pragma unroll 4
+            for (int b = 0; b < blocks; ++b) all.x = fmaxf(all.x, parts[b].x);
+#pragma unroll 4
+            for (int b = 0; b < blocks; ++b)
                 if (parts[b].x != -INFINITY) all.y += parts[b].y * expf(parts[b].x - all.x);
-            row_stats[h * kScoreRows + r] = {all.x, 1.f / all.y};
+            row_stats[h * kScoreRows + of] = {all.x, 1.f / all.y};
         }
         __syncthreads();
-        if (first_step) {
-            for (int r = threadIdx.x; r < count; r += kScoreThreads) {
-                float weight = 0.f;
-                for (int c = question_start; c < tokens; ++c) weight += head_sum(row0, r, c);
-                weights[r] = weight;
-                if (blockIdx.x == 0) args.row_weights[row0 + r] = weight;
+        // A warp for each row.
+        if (r < count) {
+            float weight = 0.f;
+            if (first_step) {
+                for (int c = question_start + lane; c < tokens; c += kScoreColumns) weight += head_sum(row0, c);
+                for (int offset = 16; offset > 0; offset /= 2) weight += __shfl_xor_sync(0xffffffffu, weight, offset);
+                if (blockIdx.x == 0 && lane == 0) args.row_weights[row0 + r] = weight;
+            } else {
+                weight = args.row_weights[row0 + r];
             }
-        } else {
-            for (int r = threadIdx.x; r < count; r += kScoreThreads) weights[r] = args.row_weights[row0 + r];
-        }
-        __syncthreads();
-        if (column >= tokens) continue;
-        for (int r = 0; r < count; ++r) {
-            const float sum = head_sum(row0, r, column);
-            args.head_sums[static_cast<size_t>(row0 + r) * args.max_tokens + column] = sum;
-            const double weight = weights[r];
-            score += weight * (weight * sum);
+            if (column < tokens) {
+                const float sum = head_sum(row0, column);
+                args.head_sums[static_cast<size_t>(row0 + r) * args.max_tokens + column] = sum;
+                share += static_cast<double>(weight) * (static_cast<double>(weight) * sum);
+            }
         }
     }
+    shares[r][lane] = share;
+    __syncthreads();
+    if (r > 0) return;
+    double score = 0.;
+    for (int i = 0; i < kScoreRows; ++i) score += shares[i][lane];
     const int context_start = question_start - args.state->question_offset - args.state->context_tokens;
     const int context_column = column - context_start;
     if (context_column >= 0 && context_column < args.state->context_tokens) args.scores[context_column] = score;
@@ -180,7 +190,7 @@ extern "C" int32_t gleaner_question_scores(double *scores, float *head_sums, flo
                                            int32_t max_tokens, int32_t num_heads, void *stream) {
     const ScoreArgs args{scores, head_sums, row_weights, logits, static_cast<const float2 *>(stats), state,
                          max_rows, max_tokens, num_heads};
-    const int blocks = (max_tokens + kScoreThreads - 1) / kScoreThreads;
+    const int blocks = (max_tokens + kScoreColumns - 1) / kScoreColumns;
     const size_t shared_bytes = sizeof(float2) * num_heads * kScoreRows;
     scores_kernel<<<blocks, kScoreThreads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args);
     return cudaGetLastError();

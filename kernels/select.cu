@@ -9,11 +9,20 @@ namespace {
 constexpr int kThreads = 1024, kWarps = kThreads / 32;
 constexpr int kBins = 2048;  // of a radix pass: 11, 11 and 10 bits
 
+// A sentence of the next prompt.
+struct Placed {
+    const uint32_t *tokens;
+    int start, length;
+};
+
 struct Shared {
     int warp_sums[kWarps];
-    int histogram[kBins];
-    int prefix, remaining;
+    union {
+        int histogram[kBins];
+        Placed placed[kThreads];
     };
+    int prefix, remaining;
+};
 
 // Sum of `value` over all threads of lower index. Every thread must call it; `total` becomes the sum over all.
 __device__ int scan(Shared &shared, int value, int &total) {
@@ -47,27 +56,31 @@ __device__ void assemble(Shared &shared, const GleanerPlan &plan, const GleanerL
     for (int base = 0; base < sentences; base += kThreads) {
         const int i = base + threadIdx.x;
         const uint32_t sentence = i < kept ? loop.kept[i] : first + i - kept;
+        const uint32_t from = i < sentences ? plan.sentence_offsets[sentence] : 0;
+        const int count = i < sentences ? plan.sentence_offsets[sentence + 1] - from : 0;
         int total;
-        const int before = scan(shared, i < sentences ? length(plan, sentence) : 0, total);
+        const int start = context_tokens + scan(shared, count, total);
+        shared.placed[threadIdx.x] = {plan.tokens + from, start, count};
         // A sentence has at least one token, so that more than max_tokens of them do not fit either.
         if (i < sentences && i < loop.max_tokens) {
             loop.sentences[i] = sentence;
-            loop.starts[i] = context_tokens + before;
+            loop.starts[i] = start;
         }
         context_tokens += total;
+        __syncthreads();
+        for (int p = threadIdx.x / 32; p < min(kThreads, sentences - base); p += kWarps) {
+            const Placed placed = shared.placed[p];
+            const int end = min(placed.length, loop.max_tokens - plan.prefix_len - placed.start);
+            for (int t = threadIdx.x % 32; t < end; t += 32) {
+                loop.prompt[plan.prefix_len + placed.start + t] = placed.tokens[t];
+                loop.owner[placed.start + t] = base + p;
+            }
+        }
+        __syncthreads();
     }
     const int tokens = plan.prefix_len + context_tokens + plan.tail_len;
     const bool fits = tokens <= loop.max_tokens && sentences <= loop.max_tokens;
-    __syncthreads();
     if (fits) {
-        for (int i = threadIdx.x / 32; i < sentences; i += kWarps) {
-            const uint32_t sentence = loop.sentences[i];
-            const uint32_t *from = plan.tokens + plan.sentence_offsets[sentence];
-            for (int t = threadIdx.x % 32; t < length(plan, sentence); t += 32) {
-                loop.prompt[plan.prefix_len + loop.starts[i] + t] = from[t];
-                loop.owner[loop.starts[i] + t] = i;
-            }
-        }
         for (int t = threadIdx.x; t < plan.prefix_len; t += kThreads) loop.prompt[t] = plan.prefix[t];
         for (int t = threadIdx.x; t < plan.tail_len; t += kThreads)
             loop.prompt[plan.prefix_len + context_tokens + t] = plan.tail[t];
@@ -96,10 +109,14 @@ __device__ uint32_t threshold(Shared &shared, const float *scores, int count, in
         shift -= bits;
         for (int bin = threadIdx.x; bin < kBins; bin += kThreads) shared.histogram[bin] = 0;
         __syncthreads();
-        for (int c = threadIdx.x; c < count; c += kThreads) {
-            const uint32_t key = __float_as_uint(scores[c]);
-            const bool same_prefix = shift + bits == 32 || key >> (shift + bits) == prefix;
-            if (same_prefix) atomicAdd(&shared.histogram[key >> shift & ((1u << bits) - 1)], 1);
+        for (int base = 0; base < count; base += kThreads) {
+            const int c = base + threadIdx.x;
+            const uint32_t key = c < count ? __float_as_uint(scores[c]) : 0;
+            const bool counts = c < count && (shift + bits == 32 || key >> (shift + bits) == prefix);
+            // Scores crowd in few bins, so that lanes of the same bin add together.
+            const uint32_t bin = counts ? key >> shift & ((1u << bits) - 1) : kBins;
+            const uint32_t same = __match_any_sync(0xffffffffu, bin);
+            if (counts && threadIdx.x % 32 == __ffs(same) - 1) atomicAdd(&shared.histogram[bin], __popc(same));
         }
         __syncthreads();
         // Bins from the largest down: two a thread.

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::timings::Timings;
+
 /// An answer with its evidence. Serialises to the JSON that `gleaner ask --json` prints.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Answer {
@@ -23,6 +25,9 @@ pub struct Answer {
     pub model: String,
     /// Where the time went.
     pub timing_ms: Timing,
+    /// The same in detail, where [`crate::AskParams::timings`] asked for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timings: Option<Timings>,
     /// What the reader of this answer should know.
     pub warnings: Vec<String>,
 }

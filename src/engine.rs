@@ -11,8 +11,10 @@ use crate::cpu::CpuReader;
 use crate::cuda::ExternalStream;
 use crate::model::Model;
 use crate::plan::{Plan, ReadParams};
+use crate::range::range;
 use crate::reader::{Gleaned, Reader, Sampling, StepReport};
 use crate::text::{ChatTemplate, Document, Frame, PromptTemplate, Tokenizer, python_strip};
+use crate::timings::{Ceilings, Stage, StageTime, Timings};
 use crate::{Error, Result, cuda};
 
 /// Where to run.
@@ -69,6 +71,9 @@ pub struct AskParams {
     pub sampling: Sampling,
     /// The prompt around context and question.
     pub template: PromptTemplate,
+    /// Whether to fill [`Answer::timings`], for which the document is read, and the prompt answered, a second time; it
+    /// shapes nothing.
+    pub timings: bool,
 }
 
 /// What happens during an ask, in this order.
@@ -95,6 +100,9 @@ pub struct Engine {
     tokenizer: Tokenizer,
     chat: ChatTemplate,
     reader: Box<dyn Reader>,
+    device: Device,
+    /// What opening took.
+    opening: [StageTime; 2],
 }
 
 impl Engine {
@@ -110,12 +118,23 @@ impl Engine {
             Device::CudaStream(stream) => drop(cuda::describe(stream.ordinal())?),
             Device::Auto | Device::Cpu => {}
         }
+        let begun = Instant::now();
+        let opening = range!("open");
         let model_dir = model_dir.as_ref();
         let model = Arc::new(Model::open(model_dir)?);
         let tokenizer = Tokenizer::open(&model_dir.join("tokenizer.json"), model.config.vocab_size)?;
         let chat = ChatTemplate::open(model_dir)?;
-        let (_, reader) = device.reader(model.clone())?;
-        Ok(Engine { model, tokenizer, chat, reader })
+        drop(opening);
+        let opened = Instant::now();
+        let _upload = range!("upload");
+        let (device, reader) = device.reader(model.clone())?;
+        let opening = [stage(Stage::Open, begun, opened), stage(Stage::Upload, opened, Instant::now())];
+        Ok(Engine { model, tokenizer, chat, reader, device, opening })
+    }
+
+    /// As [`Reader::set_graphs`].
+    pub fn set_graphs(&mut self, graphs: bool) {
+        self.reader.set_graphs(graphs);
     }
 
     /// The model.
@@ -186,11 +205,14 @@ impl Engine {
         params: &AskParams,
         progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
     ) -> Result<Answer> {
+        let _ask = range!("ask");
         let begun = Instant::now();
         params.read.validate()?;
         params.sampling.validate()?;
+        let planning = range!("plan");
         let frame = self.frame(question, params)?;
         let (plan, spans) = self.plan(document, &frame, &params.read)?;
+        drop(planning);
         let figures = DocumentFigures {
             bytes: document.text().len(),
             sentences: plan.sentences(),
@@ -203,17 +225,45 @@ impl Engine {
         }
 
         let mut longest_step = 0;
+        let reading = range!("read");
         let gleaned = self.reader.read(&plan, &mut |report| {
             longest_step = longest_step.max(report.tokens);
             progress(Progress::Step(report))
         })?;
+        drop(reading);
         let read = Instant::now();
 
+        let answering = range!("answer");
         let prompt = self.answer_prompt(document, &spans, &gleaned, &frame)?;
-        let answer = self.decode_answer(&prompt, &params.sampling, progress)?;
+        let Decoded { answer, tokens, first } = self.decode_answer(&prompt, &params.sampling, progress)?;
+        drop(answering);
         let answered = Instant::now();
 
-        let ms = |from: Instant, to: Instant| (to - from).as_secs_f64() * 1e3;
+        let mut warnings =
+            self.warnings(&gleaned, &plan, longest_step.max(prompt.len() + params.sampling.max_new_tokens));
+        let timings = match params.timings {
+            true => {
+                let first = first.unwrap_or(answered);
+                let stages = [
+                    stage(Stage::Plan, begun, planned),
+                    stage(Stage::Read, planned, read),
+                    stage(Stage::Prefill, read, first),
+                    stage(Stage::Decode, first, answered),
+                ];
+                // An answer that was ended from outside is not longer the second time.
+                let max_new_tokens = params.sampling.max_new_tokens.min(tokens + 1);
+                let profile =
+                    self.reader.profile(&plan, &prompt, &Sampling { max_new_tokens, ..params.sampling.clone() })?;
+                let ceilings = match self.device {
+                    Device::Cuda(ordinal) => cuda::ceilings(ordinal, &mut warnings),
+                    Device::CudaStream(stream) => cuda::ceilings(stream.ordinal(), &mut warnings),
+                    Device::Auto | Device::Cpu => Ceilings::default(),
+                };
+                Some(Timings::new(self.opening.into_iter().chain(stages).collect(), profile, ceilings))
+            }
+            false => None,
+        };
+
         Ok(Answer {
             answer,
             evidence: evidence(document, &plan, &spans, &gleaned),
@@ -241,7 +291,8 @@ impl Engine {
                 answer: ms(read, answered),
                 total: ms(begun, answered),
             },
-            warnings: self.warnings(&gleaned, &plan, longest_step.max(prompt.len() + params.sampling.max_new_tokens)),
+            timings,
+            warnings,
         })
     }
 
@@ -250,26 +301,31 @@ impl Engine {
         prompt: &[u32],
         sampling: &Sampling,
         progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
-    ) -> Result<String> {
+    ) -> Result<Decoded> {
         let mut stream = self.tokenizer.decode_stream();
         let mut failed = None;
         let mut begun = false;
-        let tokens = self.reader.answer(prompt, sampling, &mut |token| match stream(token) {
-            Ok(Some(text)) => {
-                let text = if begun { &text } else { text.trim_start() };
-                begun |= !text.is_empty();
-                if text.is_empty() { ControlFlow::Continue(()) } else { progress(Progress::Text(text)) }
-            }
-            Ok(None) => ControlFlow::Continue(()),
-            Err(error) => {
-                failed = Some(error);
-                ControlFlow::Break(())
+        let mut first = None;
+        let tokens = self.reader.answer(prompt, sampling, &mut |token| {
+            first.get_or_insert_with(Instant::now);
+            match stream(token) {
+                Ok(Some(text)) => {
+                    let text = if begun { &text } else { text.trim_start() };
+                    begun |= !text.is_empty();
+                    if text.is_empty() { ControlFlow::Continue(()) } else { progress(Progress::Text(text)) }
+                }
+                Ok(None) => ControlFlow::Continue(()),
+                Err(error) => {
+                    failed = Some(error);
+                    ControlFlow::Break(())
+                }
             }
         })?;
-        match failed {
-            Some(error) => Err(error),
-            None => Ok(python_strip(&self.tokenizer.decode(&tokens)?).to_owned()),
+        if let Some(error) = failed {
+            return Err(error);
         }
+        let answer = python_strip(&self.tokenizer.decode(&tokens)?).to_owned();
+        Ok(Decoded { answer, tokens: tokens.len(), first })
     }
 
     fn warnings(&self, gleaned: &Gleaned, plan: &Plan, longest_prompt: usize) -> Vec<String> {
@@ -288,6 +344,21 @@ impl Engine {
         }
         warnings
     }
+}
+
+/// An answer's text, the number of its tokens, and when the first of them came.
+struct Decoded {
+    answer: String,
+    tokens: usize,
+    first: Option<Instant>,
+}
+
+fn ms(from: Instant, to: Instant) -> f64 {
+    (to - from).as_secs_f64() * 1e3
+}
+
+fn stage(stage: Stage, from: Instant, to: Instant) -> StageTime {
+    StageTime { stage, ms: ms(from, to) }
 }
 
 fn evidence(document: &Document, plan: &Plan, spans: &[Range<usize>], gleaned: &Gleaned) -> Vec<Evidence> {

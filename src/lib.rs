@@ -34,6 +34,7 @@
 //! | [`cpu`] | the fp32 reader: the definition of what is right |
 //! | [`cuda`] | kernels and device, where a CUDA toolkit was found at build time |
 //! | [`eval`] | metrics for answers: those of LongBench |
+//! | [`timings`] | where the time of an answer went |
 //!
 //! # Two tiers
 //! [`Engine::ask`] takes text and gives an [`Answer`]. One tier below, [`Engine::frame`], [`Engine::plan`] and
@@ -55,9 +56,11 @@ mod error;
 pub mod eval;
 pub mod model;
 pub mod plan;
+mod range;
 pub mod reader;
 mod sample;
 pub mod text;
+pub mod timings;
 
 pub use answer::{Answer, DocumentFigures, Evidence, ParamFigures, Timing};
 pub use engine::{AskParams, Device, Engine, Progress};

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Result;
 use crate::plan::{Plan, PlanShape};
+use crate::timings::Profile;
 
 /// Reads whole documents for one model on one device.
 ///
@@ -47,6 +48,18 @@ pub trait Reader: Send + Sync {
         sampling: &Sampling,
         on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
     ) -> Result<Vec<u32>>;
+
+    /// Reads `plan` and continues `prompt` once more, to say what each kind of operation takes. The results, which are
+    /// those of [`Reader::read`] and [`Reader::answer`], are dropped.
+    ///
+    /// # Errors
+    /// Those of both.
+    fn profile(&self, plan: &Plan, prompt: &[u32], sampling: &Sampling) -> Result<Profile>;
+
+    /// Whether a GPU replays steps and tokens after the first from a recorded graph, as it does unless told otherwise, or
+    /// is given them kernel by kernel, which is slower and shows a profiler each kernel in its range. The results are the
+    /// same to the bit. A CPU has no graphs: each operation lies in its range as it is.
+    fn set_graphs(&mut self, graphs: bool);
 
     /// The memory that a document and its answer take.
     fn memory(&self, request: &MemoryRequest) -> Memory;

@@ -90,6 +90,7 @@ fn json_holds_everything_and_the_spans_are_right() {
     ] {
         assert!(keys.get(key).is_some(), "{key}");
     }
+    assert!(keys.get("timings").is_none(), "nobody asked for them");
 }
 
 #[test]
@@ -215,6 +216,42 @@ fn a_heatmap_that_cannot_be_written_is_a_mistake() {
     assert_eq!(output.status.code(), Some(2), "{message}");
     assert!(message.contains("no/such/folder/page.html"), "{message}");
     assert!(output.stdout.is_empty());
+}
+
+const STAGES: [&str; 6] = ["open", "upload", "plan", "read", "prefill", "decode"];
+
+#[test]
+fn timings_stand_beside_the_answer() {
+    let (out, err) = ask(&["-q", "--timings", "--profile-eager"]);
+    assert_eq!((out.lines().count(), out.contains("silver")), (1, true), "{out}");
+    let lines: Vec<&str> = err.lines().collect();
+    let line = |start: &str| *lines.iter().find(|line| line.starts_with(start)).expect(start);
+    for stage in STAGES {
+        assert!(line(stage).ends_with('%'), "{err}");
+    }
+    let ms = |line: &str| -> f64 { line.split_whitespace().find_map(|word| word.parse().ok()).unwrap() };
+    let sum: f64 = STAGES.iter().map(|stage| ms(line(stage))).sum();
+    assert!((sum - ms(line("together"))).abs() < 0.01, "{err}");
+    for stage in ["read", "prefill", "decode"] {
+        let table = &lines[lines.iter().position(|line| line.starts_with(&format!("in {stage} "))).unwrap()..];
+        assert!(table.iter().any(|line| line.starts_with("  attention ")), "{err}");
+    }
+}
+
+#[test]
+fn timings_are_in_the_object_where_one_is_asked_for() {
+    let (out, err) = ask(&["--json", "--timings"]);
+    assert_eq!(err, "");
+    let answer: Answer = serde_json::from_str(&out).unwrap();
+    let timings = answer.timings.as_ref().unwrap();
+    let stages: Vec<&str> = timings.stages.iter().map(|stage| stage.stage.name()).collect();
+    assert_eq!(stages, STAGES);
+    let total: f64 = timings.stages[2..].iter().map(|stage| stage.ms).sum();
+    assert!((total - answer.timing_ms.total).abs() < 1.0, "{total} of {}", answer.timing_ms.total);
+    assert!(timings.operations.iter().any(|operation| operation.name == "product gate"));
+    let value: Value = serde_json::from_str(&out).unwrap();
+    assert!(value["timings"]["operations"][0]["ms"].is_f64() && value["timings"]["ceilings"]["gemm_tflops"].is_null());
+    assert_eq!(serde_json::to_value(&answer).unwrap()["timings"], value["timings"]);
 }
 
 #[test]

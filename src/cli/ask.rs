@@ -12,6 +12,7 @@ use gleaner::{Answer, AskParams, Document, Engine, Error, Progress};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::heatmap::Heatmap;
+use super::timings::Table;
 use super::{Failure, ModelArgs};
 
 /// Evidence that is shown to a person who did not say how much.
@@ -84,6 +85,14 @@ pub struct AskArgs {
     /// Write the document as an HTML page, its sentences shaded by their scores
     #[arg(long, value_name = "FILE")]
     heatmap: Option<PathBuf>,
+    /// Show where the time went, by stage and by operation: reads and answers a second time for it. On standard error, or
+    /// in the object of --json
+    #[arg(long)]
+    timings: bool,
+    /// Launch kernel by kernel instead of replaying CUDA graphs, so that a profiler shows each in its range: slower, with
+    /// the same result. Nothing changes on a CPU
+    #[arg(long)]
+    profile_eager: bool,
     /// Print the answer alone: no progress bar, no evidence
     #[arg(short, long)]
     quiet: bool,
@@ -99,13 +108,15 @@ pub fn run(args: AskArgs) -> Result<(), Failure> {
             seed: args.seed,
         },
         template: args.template.as_deref().map(open_template).transpose()?.unwrap_or_default(),
+        timings: args.timings,
     };
     params.read.validate()?;
     params.sampling.validate()?;
     let document = open_document(&args.doc)?;
     let mut trace = args.trace.as_deref().map(Trace::create).transpose()?;
     let mut heatmap = args.heatmap.as_deref().map(Heatmap::create).transpose()?;
-    let engine = Engine::open(args.model.model(), args.model.device)?;
+    let mut engine = Engine::open(args.model.model(), args.model.device)?;
+    engine.set_graphs(!args.profile_eager);
 
     let bar = match args.quiet || !io::stderr().is_terminal() {
         true => ProgressBar::hidden(),
@@ -163,7 +174,12 @@ pub fn run(args: AskArgs) -> Result<(), Failure> {
     answer.evidence.truncate(args.evidence.unwrap_or(if args.json { usize::MAX } else { EVIDENCE }));
     match args.json {
         true => print_json(&answer)?,
-        false => print_evidence(&answer, args.quiet)?,
+        false => {
+            print_evidence(&answer, args.quiet)?;
+            if let Some(timings) = &answer.timings {
+                eprint!("{}", Table(timings));
+            }
+        }
     }
     Ok(())
 }

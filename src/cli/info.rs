@@ -48,6 +48,7 @@ pub fn run(args: InfoArgs) -> Result<(), Failure> {
         bytes => format!(", {} on the GPU", mib(bytes)),
     };
     let build = match cuda::BUILT {
+        true if cuda::RANGES => format!("CPU and CUDA ({}), ranges for profilers", cuda::ARCHITECTURES),
         true => format!("CPU and CUDA ({})", cuda::ARCHITECTURES),
         false => "CPU only".into(),
     };

@@ -6,6 +6,7 @@ mod eval;
 mod heatmap;
 mod info;
 mod noise;
+mod timings;
 
 use std::io;
 use std::path::PathBuf;

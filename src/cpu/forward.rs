@@ -7,6 +7,8 @@ use super::gemm::{Mat, matmul};
 use super::math::{add, dot, rms_norm, rms_norm_heads, silu_mul};
 use super::score::QuestionAttention;
 use crate::model::{Config, LayerWeights, Linear, Model, RopeTable, Tensor};
+use crate::range::range;
+use crate::timings::{Clock, Stage, Work};
 
 /// Rows up to which a product reads its weights once, straight from the checkpoint, instead of converting them.
 const GEMV_ROWS: usize = 4;
@@ -49,30 +51,51 @@ pub fn workspace_bytes(config: &Config, tokens: usize, question_rows: usize) -> 
 pub struct Decoder<'a> {
     pub model: &'a Model,
     rope: RopeTable,
+    /// Of the operations, which belong to `stage`.
+    pub clock: Clock,
+    pub stage: Stage,
 }
 
 impl<'a> Decoder<'a> {
     /// Ready for prompts of up to `max_tokens` tokens.
     pub fn new(model: &'a Model, max_tokens: usize) -> Decoder<'a> {
-        Decoder { model, rope: RopeTable::new(&model.config, max_tokens) }
+        Decoder { model, rope: RopeTable::new(&model.config, max_tokens), clock: Clock::default(), stage: Stage::Read }
+    }
+
+    /// Runs an operation under its name.
+    pub fn time<T>(&self, name: &str, work: Work, rows: usize, operation: impl FnOnce() -> T) -> T {
+        self.clock.time(self.stage, name, work, rows, operation)
+    }
+
+    /// A product under its name.
+    fn linear(&self, name: &str, out: &mut [f32], x: &[f32], weights: &Linear, panel: &mut Vec<f32>) {
+        let (n, k) = (weights.weight.shape()[0], weights.weight.shape()[1]);
+        self.time(name, Work::product(n, k), x.len() / k, || linear(out, x, weights, panel));
     }
 
     fn embed(&self, x: &mut Vec<f32>, tokens: &[u32]) {
         let hidden = self.model.config.hidden_size;
-        x.resize(tokens.len() * hidden, 0.0);
-        for (row, &token) in x.chunks_mut(hidden).zip(tokens) {
-            self.model.embed_tokens.to_f32(token as usize * hidden, row);
-        }
+        self.time("embed", Work::Uncounted, tokens.len(), || {
+            x.resize(tokens.len() * hidden, 0.0);
+            for (row, &token) in x.chunks_mut(hidden).zip(tokens) {
+                self.model.embed_tokens.to_f32(token as usize * hidden, row);
+            }
+        });
     }
 
     fn norm(&self, out: &mut Vec<f32>, x: &[f32], weight: &Tensor) {
-        out.resize(x.len(), 0.0);
-        rms_norm(out, x, &weight.to_vec_f32(), self.model.config.rms_norm_eps);
+        let config = &self.model.config;
+        self.time("rms_norm", Work::Uncounted, x.len() / config.hidden_size, || {
+            out.resize(x.len(), 0.0);
+            rms_norm(out, x, &weight.to_vec_f32(), config.rms_norm_eps);
+        });
     }
 
     /// Projects `rows` normalised rows from position `position` on to heads, normalised (Qwen3) and rotated.
+    #[allow(clippy::too_many_arguments, reason = "a layer's own parts, and the name they are timed by")]
     fn rotated_heads(
         &self,
+        name: &str,
         heads: &mut [f32],
         normed: &[f32],
         proj: &Linear,
@@ -80,13 +103,18 @@ impl<'a> Decoder<'a> {
         position: usize,
         panel: &mut Vec<f32>,
     ) {
-        linear(heads, normed, proj, panel);
+        self.linear(name, heads, normed, proj, panel);
+        let width = proj.weight.shape()[0];
+        self.time("rotate", Work::Uncounted, heads.len() / width, || self.rotate(heads, width, norm, position));
+    }
+
+    /// Normalises (Qwen3) and rotates rows of `width` from position `position` on.
+    fn rotate(&self, heads: &mut [f32], width: usize, norm: Option<&Tensor>, position: usize) {
         let config = &self.model.config;
         if let Some(norm) = norm {
             rms_norm_heads(heads, &norm.to_vec_f32(), config.rms_norm_eps);
         }
         let half = config.head_dim / 2;
-        let width = proj.weight.shape()[0];
         heads.par_chunks_mut(width).enumerate().for_each(|(row, heads)| {
             let at = (position + row) * half;
             let (cos, sin) = (&self.rope.cos[at..at + half], &self.rope.sin[at..at + half]);
@@ -109,27 +137,35 @@ impl<'a> Decoder<'a> {
         let past = cache.k.len() / kv_dim;
 
         self.norm(&mut ws.normed, &ws.x, &weights.input_layernorm);
+        let (q_norm, k_norm) = (weights.q_norm.as_ref(), weights.k_norm.as_ref());
         ws.q.resize(rows * q_dim, 0.0);
-        self.rotated_heads(&mut ws.q, &ws.normed, &weights.q_proj, weights.q_norm.as_ref(), past, &mut ws.panel);
+        self.rotated_heads("product q", &mut ws.q, &ws.normed, &weights.q_proj, q_norm, past, &mut ws.panel);
         ws.kv.resize(rows * kv_dim, 0.0);
-        self.rotated_heads(&mut ws.kv, &ws.normed, &weights.k_proj, weights.k_norm.as_ref(), past, &mut ws.panel);
+        self.rotated_heads("product k", &mut ws.kv, &ws.normed, &weights.k_proj, k_norm, past, &mut ws.panel);
         cache.k.extend_from_slice(&ws.kv);
-        linear(&mut ws.kv, &ws.normed, &weights.v_proj, &mut ws.panel);
+        self.linear("product v", &mut ws.kv, &ws.normed, &weights.v_proj, &mut ws.panel);
         cache.v.extend_from_slice(&ws.kv);
 
         ws.attended.resize(rows * q_dim, 0.0);
-        self.attention(weights, past, &cache.k).attend(&mut ws.attended, &ws.q, &cache.v);
-        linear(&mut ws.normed, &ws.attended, &weights.o_proj, &mut ws.panel);
-        add(&mut ws.x, &ws.normed);
+        let window = weights.sliding_window.unwrap_or(0);
+        let (work, keys) = match past {
+            0 => (Work::Attention { q_dim, kv_dim, window }, rows),
+            _ => (Work::DecodeAttention { q_dim, kv_dim, window }, past + rows),
+        };
+        self.time("attention", work, keys, || {
+            self.attention(weights, past, &cache.k).attend(&mut ws.attended, &ws.q, &cache.v);
+        });
+        self.linear("product o", &mut ws.normed, &ws.attended, &weights.o_proj, &mut ws.panel);
+        self.time("add", Work::Uncounted, rows, || add(&mut ws.x, &ws.normed));
 
         self.norm(&mut ws.normed, &ws.x, &weights.post_attention_layernorm);
         ws.gate.resize(rows * config.intermediate_size, 0.0);
         ws.up.resize(rows * config.intermediate_size, 0.0);
-        linear(&mut ws.gate, &ws.normed, &weights.gate_proj, &mut ws.panel);
-        linear(&mut ws.up, &ws.normed, &weights.up_proj, &mut ws.panel);
-        silu_mul(&mut ws.gate, &ws.up);
-        linear(&mut ws.normed, &ws.gate, &weights.down_proj, &mut ws.panel);
-        add(&mut ws.x, &ws.normed);
+        self.linear("product gate", &mut ws.gate, &ws.normed, &weights.gate_proj, &mut ws.panel);
+        self.linear("product up", &mut ws.up, &ws.normed, &weights.up_proj, &mut ws.panel);
+        self.time("silu_mul", Work::Uncounted, rows, || silu_mul(&mut ws.gate, &ws.up));
+        self.linear("product down", &mut ws.normed, &ws.gate, &weights.down_proj, &mut ws.panel);
+        self.time("add", Work::Uncounted, rows, || add(&mut ws.x, &ws.normed));
     }
 
     fn attention<'k>(&self, weights: &LayerWeights, past: usize, k: &'k [f32]) -> Attention<'k> {
@@ -151,19 +187,25 @@ impl<'a> Decoder<'a> {
         let mut cache = std::mem::take(&mut ws.cache);
         self.embed(&mut ws.x, tokens);
         let (last, layers) = self.model.layers.split_last().expect("a checked configuration has layers");
-        for layer in layers {
+        for (index, layer) in layers.iter().enumerate() {
+            let _layer = range!("layer {index}");
             cache.k.clear();
             cache.v.clear();
             self.layer(layer, ws, &mut cache);
         }
         self.norm(&mut ws.normed, &ws.x, &last.input_layernorm);
         ws.kv.resize(tokens.len() * config.kv_dim(), 0.0);
-        self.rotated_heads(&mut ws.kv, &ws.normed, &last.k_proj, last.k_norm.as_ref(), 0, &mut ws.panel);
+        let (q_norm, k_norm) = (last.q_norm.as_ref(), last.k_norm.as_ref());
+        self.rotated_heads("product k", &mut ws.kv, &ws.normed, &last.k_proj, k_norm, 0, &mut ws.panel);
         let rows = tokens.len() - question_start;
         ws.q.resize(rows * config.q_dim(), 0.0);
         let question = &ws.normed[question_start * config.hidden_size..];
-        self.rotated_heads(&mut ws.q, question, &last.q_proj, last.q_norm.as_ref(), question_start, &mut ws.panel);
-        let head_sums = self.attention(last, question_start, &ws.kv).head_sums(&ws.q);
+        let panel = &mut ws.panel;
+        self.rotated_heads("product q", &mut ws.q, question, &last.q_proj, q_norm, question_start, panel);
+        let work = Work::QuestionLogits { question_rows: rows, q_dim: config.q_dim(), kv_dim: config.kv_dim() };
+        let head_sums = self.time("question_logits", work, tokens.len(), || {
+            self.attention(last, question_start, &ws.kv).head_sums(&ws.q)
+        });
         ws.cache = cache;
         QuestionAttention { head_sums, tokens: tokens.len() }
     }
@@ -172,7 +214,8 @@ impl<'a> Decoder<'a> {
     /// `[rows, hidden_size]`.
     pub fn hidden(&self, ws: &mut Workspace, caches: &mut [LayerCache], tokens: &[u32], rows: usize) -> Vec<f32> {
         self.embed(&mut ws.x, tokens);
-        for (layer, cache) in self.model.layers.iter().zip(caches) {
+        for (index, (layer, cache)) in self.model.layers.iter().zip(caches).enumerate() {
+            let _layer = range!("layer {index}");
             self.layer(layer, ws, cache);
         }
         let from = ws.x.len() - rows * self.model.config.hidden_size;
@@ -186,7 +229,7 @@ impl<'a> Decoder<'a> {
         let config = &self.model.config;
         let mut logits = vec![0.0; hidden.len() / config.hidden_size * config.vocab_size];
         let head = Linear { weight: self.model.lm_head.clone(), bias: None };
-        linear(&mut logits, hidden, &head, &mut ws.panel);
+        self.linear("product logits", &mut logits, hidden, &head, &mut ws.panel);
         logits
     }
 }

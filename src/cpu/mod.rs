@@ -14,8 +14,10 @@ use score::{ContextSentence, QuestionAttention, select_sentences, top_k};
 
 use crate::model::Model;
 use crate::plan::{Plan, PlanShape};
+use crate::range::range;
 use crate::reader::{Detail, Gleaned, Kept, Memory, MemoryRequest, Reader, Sampling, StepReport, TopToken};
 use crate::sample::sample;
+use crate::timings::{Clock, Profile, Stage, Work};
 use crate::{Error, Result};
 
 /// Reads with plain fp32 arithmetic on all cores.
@@ -160,27 +162,32 @@ impl Prompt {
     }
 }
 
-impl Reader for CpuReader {
-    fn read_with(
+impl CpuReader {
+    /// All steps of `plan`, which is checked, with one decoder.
+    fn read_steps(
         &self,
+        decoder: &Decoder,
         plan: &Plan,
         detail: Detail,
         observe: &mut dyn FnMut(&StepReport) -> ControlFlow<()>,
     ) -> Result<Gleaned> {
-        plan.validate(self.model.config.vocab_size)?;
-        let decoder = Decoder::new(&self.model, plan.max_step_tokens());
         let mut ws = Workspace::default();
         let mut question_weights = Vec::new();
         let mut gleaned = Gleaned { kept: Vec::new(), dropped_for_capacity: 0 };
         for step in 0..plan.chunks() {
+            let _step = range!("step {step}");
             let prompt = Prompt::new(plan, step, &gleaned.kept);
             let question_start = prompt.context.end + plan.question_start as usize;
             let attention = decoder.question_attention(&mut ws, &prompt.tokens, question_start);
             let (phrase_width, topk) = (plan.phrase_width as usize, plan.topk as usize);
-            let StepScores { scores, selected } =
-                score(&attention, prompt.context.clone(), phrase_width, topk, &mut question_weights)
-                    .ok_or(Error::NotFinite { step })?;
-            let selection = select_sentences(plan, &prompt.sentences, &scores, &selected);
+            let StepScores { scores, selected } = decoder
+                .time("score", Work::Uncounted, prompt.tokens.len(), || {
+                    score(&attention, prompt.context.clone(), phrase_width, topk, &mut question_weights)
+                })
+                .ok_or(Error::NotFinite { step })?;
+            let selection = decoder.time("select", Work::Uncounted, prompt.tokens.len(), || {
+                select_sentences(plan, &prompt.sentences, &scores, &selected)
+            });
 
             gleaned.kept = selection.kept;
             gleaned.dropped_for_capacity += selection
@@ -209,22 +216,32 @@ impl Reader for CpuReader {
         Ok(gleaned)
     }
 
-    fn answer(
+    /// All tokens behind `prompt`, which is checked, with one decoder.
+    fn answer_tokens(
         &self,
+        decoder: &mut Decoder,
         prompt: &[u32],
         sampling: &Sampling,
         on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
     ) -> Result<Vec<u32>> {
-        sampling.validate()?;
-        self.model.check_prompt(prompt)?;
-        let decoder = Decoder::new(&self.model, prompt.len() + sampling.max_new_tokens);
         let mut ws = Workspace::default();
         let mut caches = self.empty_caches();
-        let mut hidden = decoder.hidden(&mut ws, &mut caches, prompt, 1);
         let mut answer = Vec::new();
         loop {
+            let index = answer.len();
+            let _token = match index {
+                0 => range!("prefill"),
+                _ => range!("token {index}"),
+            };
+            decoder.stage = if index == 0 { Stage::Prefill } else { Stage::Decode };
+            let hidden = match answer.last() {
+                None => decoder.hidden(&mut ws, &mut caches, prompt, 1),
+                Some(&token) => decoder.hidden(&mut ws, &mut caches, &[token], 1),
+            };
             let logits = decoder.logits(&mut ws, &hidden);
-            let token = sample(&logits, sampling, answer.len()).ok_or(Error::NotFinite { step: answer.len() })?;
+            let token = decoder
+                .time("sample", Work::Uncounted, 1, || sample(&logits, sampling, index))
+                .ok_or(Error::NotFinite { step: index })?;
             if self.model.generation_config.eos_token_id.contains(&token) {
                 return Ok(answer);
             }
@@ -232,9 +249,49 @@ impl Reader for CpuReader {
             if on_token(token).is_break() || answer.len() == sampling.max_new_tokens {
                 return Ok(answer);
             }
-            hidden = decoder.hidden(&mut ws, &mut caches, &[token], 1);
         }
     }
+
+    fn check_answer(&self, prompt: &[u32], sampling: &Sampling) -> Result<()> {
+        sampling.validate()?;
+        self.model.check_prompt(prompt)
+    }
+}
+
+impl Reader for CpuReader {
+    fn read_with(
+        &self,
+        plan: &Plan,
+        detail: Detail,
+        observe: &mut dyn FnMut(&StepReport) -> ControlFlow<()>,
+    ) -> Result<Gleaned> {
+        plan.validate(self.model.config.vocab_size)?;
+        self.read_steps(&Decoder::new(&self.model, plan.max_step_tokens()), plan, detail, observe)
+    }
+
+    fn answer(
+        &self,
+        prompt: &[u32],
+        sampling: &Sampling,
+        on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
+    ) -> Result<Vec<u32>> {
+        self.check_answer(prompt, sampling)?;
+        let mut decoder = Decoder::new(&self.model, prompt.len() + sampling.max_new_tokens);
+        self.answer_tokens(&mut decoder, prompt, sampling, on_token)
+    }
+
+    fn profile(&self, plan: &Plan, prompt: &[u32], sampling: &Sampling) -> Result<Profile> {
+        plan.validate(self.model.config.vocab_size)?;
+        self.check_answer(prompt, sampling)?;
+        let tokens = plan.max_step_tokens().max(prompt.len() + sampling.max_new_tokens);
+        let mut decoder = Decoder::new(&self.model, tokens);
+        decoder.clock = Clock::started();
+        self.read_steps(&decoder, plan, Detail::Selection, &mut |_| ControlFlow::Continue(()))?;
+        self.answer_tokens(&mut decoder, prompt, sampling, &mut |_| ControlFlow::Continue(()))?;
+        Ok(Profile { operations: decoder.clock.into_operations(), empty_launch_us: None })
+    }
+
+    fn set_graphs(&mut self, _: bool) {}
 
     fn memory(&self, request: &MemoryRequest) -> Memory {
         let PlanShape { max_step_tokens, question_rows, .. } = request.plan;

@@ -15,7 +15,9 @@ use super::ops::{AttentionParts, Heads, NO_TOKEN, Rows, Sent, answer, sampling_w
 use super::record::Recorded;
 use super::workspace::Activations;
 use crate::model::Model;
+use crate::range::range;
 use crate::reader::Sampling;
+use crate::timings::Stage;
 use crate::{Error, Result};
 
 /// Tokens that the device may be ahead of the host.
@@ -111,22 +113,25 @@ impl Answering {
         device.upload_into(WHAT, &[prompt.len() as i32 - 1, 0], &mut self.state)?;
         device.upload_into(WHAT, &sampling_words(sampling), &mut self.sampling)?;
         device.upload_into(WHAT, prompt, &mut self.tokens)?;
-        let rows = Rows { ints: &self.counts, index: 0, max: prompt.len() };
-        let hidden = config.hidden_size;
-        device.embed(&mut self.prompt.x, &self.tokens, &weights.embed_tokens, rows, hidden)?;
-        for (layer, cache) in weights.layers.iter().zip(&mut self.caches) {
-            forward.layer(layer, &mut self.prompt, cache, rows)?;
-        }
-        let last_row = self.prompt.x.slice((prompt.len() - 1) * hidden..prompt.len() * hidden);
-        device.stream().memcpy_dtod(&last_row, &mut self.one.x).map_err(|error| driver_error(WHAT, error))?;
-        forward.head(self)
+        device.pass(Stage::Prefill, Some(prompt.len()), || {
+            let rows = Rows { ints: &self.counts, index: 0, max: prompt.len() };
+            let hidden = config.hidden_size;
+            device.embed(&mut self.prompt.x, &self.tokens, &weights.embed_tokens, rows, hidden)?;
+            for (index, (layer, cache)) in weights.layers.iter().zip(&mut self.caches).enumerate() {
+                let _layer = range!("layer {index}");
+                forward.layer(layer, &mut self.prompt, cache, rows)?;
+            }
+            let last_row = self.prompt.x.slice((prompt.len() - 1) * hidden..prompt.len() * hidden);
+            device.stream().memcpy_dtod(&last_row, &mut self.one.x).map_err(|error| driver_error(WHAT, error))?;
+            forward.head(self)
+        })
     }
 
-    /// One more token.
-    fn next(&mut self, forward: &Forward, graphs: bool) -> Result<()> {
+    /// One more token, the last one standing at position `keys - 1`.
+    fn next(&mut self, forward: &Forward, keys: usize, graphs: bool) -> Result<()> {
         if !self.loaded || !graphs {
             self.loaded = true;
-            return forward.decode(self);
+            return forward.device.pass(Stage::Decode, Some(keys), || forward.decode(self));
         }
         let graph = match self.graph.take() {
             Some(graph) => graph,
@@ -164,8 +169,14 @@ pub fn run(
     loop {
         while answer.len() + under_way.len() < sampling.max_new_tokens.min(answer.len() + 1 + AHEAD) {
             match answer.len() + under_way.len() {
-                0 => answering.prefill(forward, prompt, sampling)?,
-                _ => answering.next(forward, graphs)?,
+                0 => {
+                    let _prefill = range!("prefill");
+                    answering.prefill(forward, prompt, sampling)?;
+                }
+                index => {
+                    let _token = range!("token {index}");
+                    answering.next(forward, prompt.len() + index, graphs)?;
+                }
             }
             under_way.push_back(device.record_event()?);
         }

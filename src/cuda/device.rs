@@ -1,6 +1,6 @@
 //! A GPU: found without assuming a driver, opened on its primary context.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use cudarc::driver::sys::CUdevice_attribute::{
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
@@ -13,6 +13,7 @@ use cudarc::driver::{
 
 use super::ExternalStream;
 use super::statistics::{Counters, Statistics};
+use super::timer::Timer;
 use crate::{Error, Result};
 
 /// Oldest compute capability the kernels run on.
@@ -21,7 +22,8 @@ const MIN_COMPUTE_CAPABILITY: (i32, i32) = (8, 0);
 /// Compute capability whose own instructions some kernels use.
 const HOPPER: (i32, i32) = (9, 0);
 
-/// A GPU with a stream, its own unless it was opened on another. The context is the device's primary one, so that an embedding program shares it.
+/// A GPU with a stream, its own unless it was opened on another. The context is the device's primary one, so that an
+/// embedding program shares it.
 pub struct CudaDevice {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
@@ -29,6 +31,8 @@ pub struct CudaDevice {
     /// Whether to run the kernels that only Hopper has.
     hopper: bool,
     counters: Arc<Counters>,
+    /// Times launches, where it is asked to.
+    pub(super) timer: Mutex<Option<Timer>>,
 }
 
 pub(super) fn driver_error(what: &str, error: DriverError) -> Error {
@@ -114,7 +118,8 @@ impl CudaDevice {
         let context = CudaContext::new(ordinal).map_err(|error| driver_error("opening the GPU", error))?;
         disable_event_tracking(&context);
         let stream = stream(&context)?;
-        let mut device = CudaDevice { context, stream, ordinal, hopper: false, counters: Arc::default() };
+        let mut device =
+            CudaDevice { context, stream, ordinal, hopper: false, counters: Arc::default(), timer: Mutex::default() };
         let (major, minor) = device.compute_capability()?;
         device.hopper = (major, minor) == HOPPER;
         if (major, minor) < MIN_COMPUTE_CAPABILITY {

@@ -10,6 +10,7 @@ use super::ops::{Heads, Logits, Norm, Rotation, Rows, Sampled, Shift, answer};
 use super::workspace::{Activations, Workspace};
 use crate::Result;
 use crate::model::Config;
+use crate::range::range;
 
 /// What every pass needs.
 #[derive(Clone, Copy)]
@@ -62,9 +63,11 @@ impl Forward<'_> {
         let Workspace { activations: a, qkv, q, k, steps, plan, .. } = workspace;
         device.embed(&mut a.x, steps.prompt(), &weights.embed_tokens, steps.rows(), config.hidden_size)?;
         let (last, layers) = weights.layers.split_last().expect("a checked configuration has layers");
-        for layer in layers {
+        for (index, layer) in layers.iter().enumerate() {
+            let _layer = range!("layer {index}");
             self.layer(layer, a, qkv, steps.rows())?;
         }
+        let _layer = range!("layer {}", layers.len());
         let norm = &last.input_layernorm;
         device.rms_norm(&mut a.normed, &a.x, norm, steps.rows(), config.hidden_size, config.rms_norm_eps)?;
         let (question, first) = (steps.question_rows(), Some(steps.question_start()));
@@ -102,7 +105,8 @@ impl Forward<'_> {
         let Forward { device, weights, config } = *self;
         let Answering { one, caches, parts, counts, state, .. } = answering;
         let (row, position) = (Rows { ints: counts, index: 1, max: 1 }, Shift { ints: state, index: answer::POSITION });
-        for (layer, cache) in weights.layers.iter().zip(caches) {
+        for (index, (layer, cache)) in weights.layers.iter().zip(caches).enumerate() {
+            let _layer = range!("layer {index}");
             let Heads { q, kv, dim, .. } = layer.heads;
             let norm = |weight| Norm { weight, eps: config.rms_norm_eps };
             let columns = if layer.head_norms.is_some() { 0 } else { (q + kv) * dim };

@@ -8,7 +8,7 @@ mod ceiling;
 mod device;
 #[cfg(gleaner_cuda)]
 #[allow(unsafe_code)]
-mod ffi;
+pub(crate) mod ffi;
 #[cfg(gleaner_cuda)]
 mod forward;
 // These two need no GPU, so that their tests run everywhere.
@@ -28,6 +28,8 @@ mod record;
 mod staging;
 #[cfg(gleaner_cuda)]
 mod statistics;
+#[cfg(gleaner_cuda)]
+mod timer;
 #[cfg(gleaner_cuda)]
 mod workspace;
 
@@ -50,12 +52,16 @@ use crate::Error;
 use crate::Result;
 use crate::model::Model;
 use crate::reader::Reader;
+use crate::timings::Ceilings;
 
 /// Whether this build holds the CUDA kernels.
 pub const BUILT: bool = cfg!(gleaner_cuda);
 
 /// The architectures the kernels were compiled for, as build.rs chose them; empty without kernels.
 pub const ARCHITECTURES: &str = env!("GLEANER_CUDA_ARCHITECTURES");
+
+/// Whether this build shows its work to NVIDIA's profilers as ranges.
+pub const RANGES: bool = cfg!(gleaner_nvtx);
 
 /// A GPU's stream that belongs to the program around this library: a reader puts its work there instead of on a stream
 /// of its own, behind what already lies on it and with its priority.
@@ -143,6 +149,17 @@ pub fn gemm_ceiling(ordinal: usize) -> Result<f64> {
     return CublasLt::open(&CudaDevice::open(ordinal)?)?.ceiling();
     #[cfg(not(gleaner_cuda))]
     Err(not_built(ordinal))
+}
+
+/// Both ceilings of GPU `ordinal`; why one could not be measured goes to `notes`.
+pub fn ceilings(ordinal: usize, notes: &mut Vec<String>) -> Ceilings {
+    let mut noted = |ceiling: Result<f64>, what: &str| {
+        ceiling.inspect_err(|error| notes.push(format!("no ceiling for {what}: {error}"))).ok()
+    };
+    Ceilings {
+        gemm_tflops: noted(gemm_ceiling(ordinal), "matrix products").map(|flops| flops / 1e12),
+        copy_gb_per_s: noted(copy_ceiling(ordinal), "copies").map(|bytes| bytes / 1e9),
+    }
 }
 
 /// The rate at which GPU `ordinal` copies its memory, in bytes read and written a second: a copy of 1 GiB.

@@ -43,8 +43,8 @@ pub struct DeviceModel {
     pub vocab_rows: usize,
 }
 
-/// The given projections on top of each other, with their rows in `order`.
-fn linear(staging: &mut Staging, parts: &[&Linear], order: RowOrder) -> Result<DeviceLinear> {
+/// The given projections on top of each other, with their rows in `order`; `role` is their name together.
+fn linear(staging: &mut Staging, role: &'static str, parts: &[&Linear], order: RowOrder) -> Result<DeviceLinear> {
     let weight = Matrix::new(parts.iter().map(|part| &part.weight).collect(), order);
     let biases: Option<Vec<&Tensor>> = parts.iter().map(|part| part.bias.as_ref()).collect();
     Ok(DeviceLinear {
@@ -52,6 +52,7 @@ fn linear(staging: &mut Staging, parts: &[&Linear], order: RowOrder) -> Result<D
         bias: biases.map(|biases| staging.upload(&Matrix::new(biases, order), weight.rows())).transpose()?,
         n: weight.rows(),
         k: weight.width(),
+        role,
     })
 }
 
@@ -63,6 +64,7 @@ fn vector(staging: &mut Staging, tensor: &Tensor, order: RowOrder) -> Result<Cud
 fn layer(staging: &mut Staging, config: &Config, layer: &LayerWeights) -> Result<DeviceLayer> {
     let (q_heads, kv_heads, dim) = (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
     let qkv = [&layer.q_proj, &layer.k_proj, &layer.v_proj];
+    let gate_up = [&layer.gate_proj, &layer.up_proj];
     let mut head_norm = |norm: &Tensor| vector(staging, norm, RowOrder::rotary(1, dim));
     let head_norms = match (&layer.q_norm, &layer.k_norm) {
         (Some(q), Some(k)) => Some([head_norm(q)?, head_norm(k)?]),
@@ -71,12 +73,12 @@ fn layer(staging: &mut Staging, config: &Config, layer: &LayerWeights) -> Result
     Ok(DeviceLayer {
         input_layernorm: vector(staging, &layer.input_layernorm, RowOrder::STORED)?,
         // Values are not rotated.
-        qkv: linear(staging, &qkv, RowOrder::rotary(q_heads + kv_heads, dim))?,
+        qkv: linear(staging, "qkv", &qkv, RowOrder::rotary(q_heads + kv_heads, dim))?,
         head_norms,
-        o_proj: linear(staging, &[&layer.o_proj], RowOrder::STORED)?,
+        o_proj: linear(staging, "o", &[&layer.o_proj], RowOrder::STORED)?,
         post_attention_layernorm: vector(staging, &layer.post_attention_layernorm, RowOrder::STORED)?,
-        gate_up: linear(staging, &[&layer.gate_proj, &layer.up_proj], RowOrder::gate_up(config.intermediate_size))?,
-        down_proj: linear(staging, &[&layer.down_proj], RowOrder::STORED)?,
+        gate_up: linear(staging, "gate_up", &gate_up, RowOrder::gate_up(config.intermediate_size))?,
+        down_proj: linear(staging, "down", &[&layer.down_proj], RowOrder::STORED)?,
         heads: Heads { q: q_heads, kv: kv_heads, dim, window: layer.sliding_window.unwrap_or(0) },
     })
 }
@@ -96,15 +98,15 @@ impl CudaDevice {
             staging.upload(&Matrix::new(vec![tensor], RowOrder::STORED), vocab_rows)
         };
         let last = model.layers.last().expect("a checked configuration has layers");
-        let rotated = |staging: &mut Staging, part: &Linear, heads: usize| {
-            linear(staging, &[part], RowOrder::rotary(heads, config.head_dim))
+        let rotated = |staging: &mut Staging, role, part: &Linear, heads: usize| {
+            linear(staging, role, &[part], RowOrder::rotary(heads, config.head_dim))
         };
         let weights = DeviceModel {
             embed_tokens: padded(&mut staging, &model.embed_tokens)?,
             layers: model.layers.iter().map(|weights| layer(&mut staging, config, weights)).collect::<Result<_>>()?,
             scoring: ScoringLayer {
-                q_proj: rotated(&mut staging, &last.q_proj, config.num_attention_heads)?,
-                k_proj: rotated(&mut staging, &last.k_proj, config.num_key_value_heads)?,
+                q_proj: rotated(&mut staging, "q", &last.q_proj, config.num_attention_heads)?,
+                k_proj: rotated(&mut staging, "k", &last.k_proj, config.num_key_value_heads)?,
             },
             norm: vector(&mut staging, &model.norm, RowOrder::STORED)?,
             lm_head: match config.tie_word_embeddings {

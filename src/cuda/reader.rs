@@ -2,7 +2,7 @@
 //! back once.
 
 use std::ops::ControlFlow;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::CudaSlice;
 
@@ -12,12 +12,15 @@ use super::forward::Forward;
 use super::memory::{AnswerSizes, ReadSizes};
 use super::model::DeviceModel;
 use super::ops::{Heads, StepLog};
+use super::record::Recorded;
 use super::statistics::{Counters, Statistics};
 use super::workspace::Workspace;
 use super::{CudaDevice, memory};
 use crate::model::Model;
 use crate::plan::Plan;
+use crate::range::range;
 use crate::reader::{Detail, DropReason, Gleaned, Kept, Memory, MemoryRequest, Reader, Sampling, StepReport};
+use crate::timings::{Profile, Stage};
 use crate::{Error, Result};
 
 /// Reads on a GPU: bf16 storage, fp32 accumulation, fp32 attention scores.
@@ -99,13 +102,6 @@ impl CudaReader {
         Ok(CudaReader { model, gpu, name, counters, graphs: true })
     }
 
-    /// Whether steps and tokens after the first are replayed from a recorded graph, as they are unless told otherwise,
-    /// or launched kernel by kernel, which is slower and shows a profiler each kernel in its place. The results are the
-    /// same to the bit.
-    pub fn set_graphs(&mut self, graphs: bool) {
-        self.graphs = graphs;
-    }
-
     /// What has travelled between host and GPU since the device was opened, the weights included. It can be asked while
     /// another thread reads.
     pub fn statistics(&self) -> Statistics {
@@ -124,36 +120,84 @@ impl CudaReader {
         workspace: &mut Workspace,
         plan: &Plan,
         detail: Detail,
+        graphs: bool,
     ) -> Result<(StepLog, Vec<Vec<f32>>)> {
         let device = forward.device;
         let mut score_log = match detail {
             Detail::Selection => None,
             Detail::Scores => Some(ScoreLog::new(device, plan)?),
         };
-        let mut keep_scores = |step, workspace: &Workspace| match &mut score_log {
-            Some(log) => log.keep(device, step, workspace.steps.phrase_scores()),
-            None => Ok(()),
-        };
         workspace.plan.upload(device, plan)?;
         workspace.steps.prepare(plan, self.heads())?;
-        device.start(&mut workspace.steps, &workspace.plan)?;
+        device.pass(Stage::Read, Some(0), || device.start(&mut workspace.steps, &workspace.plan))?;
+        let mut run = |workspace: &mut Workspace, step: usize, graph: Option<&Recorded>| {
+            let _step = range!("step {step}");
+            match graph {
+                Some(graph) => device.launch("launching a step", graph)?,
+                None => device.pass(Stage::Read, None, || forward.step(workspace))?,
+            }
+            match &mut score_log {
+                Some(log) => log.keep(device, step, workspace.steps.phrase_scores()),
+                None => Ok(()),
+            }
+        };
         // The first step loads the kernels, which must not happen while a graph is recorded.
-        forward.step(workspace)?;
-        keep_scores(0, workspace)?;
-        let replay = self.graphs && plan.chunks() > 1;
+        run(workspace, 0, None)?;
+        let replay = graphs && plan.chunks() > 1;
         // Kept until the readback has waited for its last launch.
         let graph = replay.then(|| device.record(|| forward.step(workspace))).transpose()?;
         for step in 1..plan.chunks() {
-            match &graph {
-                Some(graph) => device.launch("launching a step", graph)?,
-                None => forward.step(workspace)?,
-            }
-            keep_scores(step, workspace)?;
+            run(workspace, step, graph.as_ref())?;
         }
         let log = workspace.steps.read_back(device)?;
         let context_tokens = log.steps.iter().map(|&(_, context_tokens, _)| context_tokens);
         let scores = score_log.map(|scores| scores.read_back(device, context_tokens)).transpose()?;
         Ok((log, scores.unwrap_or_default()))
+    }
+
+    /// [`CudaReader::read_steps`] of a `plan` that is checked, with the buffers of `gpu`.
+    fn read_on(&self, gpu: &mut Gpu, plan: &Plan, detail: Detail, graphs: bool) -> Result<(StepLog, Vec<Vec<f32>>)> {
+        let Gpu { device, weights, workspace: slot, .. } = gpu;
+        device.bind()?;
+        let max_tokens = plan.max_step_tokens();
+        if max_tokens >= 1 << 20 {
+            return Err(Error::Plan(format!("steps of {max_tokens} tokens, more than 1,048,575")));
+        }
+        let needed = ReadSizes::new(&self.model.config, &plan.shape());
+        let workspace = Workspace::reserve(slot, device, &self.model, needed)?;
+        let forward = Forward { device, weights, config: &self.model.config };
+        let read = self.read_steps(&forward, workspace, plan, detail, graphs);
+        if read.is_err() {
+            // What a failed document leaves behind may be infinite, which a workspace must not be.
+            *slot = None;
+        }
+        read
+    }
+
+    /// [`Reader::answer`] with the buffers of `gpu`.
+    fn answer_on(
+        &self,
+        gpu: &mut Gpu,
+        prompt: &[u32],
+        sampling: &Sampling,
+        graphs: bool,
+        on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
+    ) -> Result<Vec<u32>> {
+        sampling.validate()?;
+        self.model.check_prompt(prompt)?;
+        let Gpu { device, weights, answering, .. } = gpu;
+        device.bind()?;
+        let forward = Forward { device, weights, config: &self.model.config };
+        let answer = answer::run(&forward, &self.model, answering, prompt, sampling, graphs, on_token);
+        if answer.is_err() {
+            // As after a failed document.
+            *answering = None;
+        }
+        answer
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Gpu> {
+        self.gpu.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -167,24 +211,7 @@ impl Reader for CudaReader {
         observe: &mut dyn FnMut(&StepReport) -> ControlFlow<()>,
     ) -> Result<Gleaned> {
         plan.validate(self.model.config.vocab_size)?;
-        let mut gpu = self.gpu.lock().unwrap_or_else(PoisonError::into_inner);
-        let Gpu { device, weights, workspace: slot, .. } = &mut *gpu;
-        device.bind()?;
-        let max_tokens = plan.max_step_tokens();
-        if max_tokens >= 1 << 20 {
-            return Err(Error::Plan(format!("steps of {max_tokens} tokens, more than 1,048,575")));
-        }
-        let needed = ReadSizes::new(&self.model.config, &plan.shape());
-        let workspace = Workspace::reserve(slot, device, &self.model, needed)?;
-        let forward = Forward { device, weights, config: &self.model.config };
-        let (log, mut scores) = match self.read_steps(&forward, workspace, plan, detail) {
-            Ok(read) => read,
-            Err(error) => {
-                // What a failed document leaves behind may be infinite, which a workspace must not be.
-                *slot = None;
-                return Err(error);
-            }
-        };
+        let (log, mut scores) = self.read_on(&mut self.lock(), plan, detail, self.graphs)?;
 
         let mut gleaned = Gleaned { kept: Vec::new(), dropped_for_capacity: log.dropped_for_capacity };
         for (step, (&(tokens, context_tokens, retained_tokens), selected)) in
@@ -224,18 +251,26 @@ impl Reader for CudaReader {
         sampling: &Sampling,
         on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
     ) -> Result<Vec<u32>> {
-        sampling.validate()?;
-        self.model.check_prompt(prompt)?;
-        let mut gpu = self.gpu.lock().unwrap_or_else(PoisonError::into_inner);
-        let Gpu { device, weights, answering, .. } = &mut *gpu;
-        device.bind()?;
-        let forward = Forward { device, weights, config: &self.model.config };
-        let answer = answer::run(&forward, &self.model, answering, prompt, sampling, self.graphs, on_token);
-        if answer.is_err() {
-            // As after a failed document.
-            *answering = None;
-        }
-        answer
+        self.answer_on(&mut self.lock(), prompt, sampling, self.graphs, on_token)
+    }
+
+    fn profile(&self, plan: &Plan, prompt: &[u32], sampling: &Sampling) -> Result<Profile> {
+        plan.validate(self.model.config.vocab_size)?;
+        let mut gpu = self.lock();
+        gpu.device.bind()?;
+        gpu.device.start_timer()?;
+        let log = self.read_on(&mut gpu, plan, Detail::Selection, false).and_then(|(log, _)| {
+            self.answer_on(&mut gpu, prompt, sampling, false, &mut |_| ControlFlow::Continue(()))?;
+            Ok(log)
+        });
+        let timer = gpu.device.stop_timer();
+        let log = log?;
+        let step_tokens: Vec<usize> = log.steps.iter().map(|step| step.0).collect();
+        Ok(timer.expect("it was started").profile(&step_tokens))
+    }
+
+    fn set_graphs(&mut self, graphs: bool) {
+        self.graphs = graphs;
     }
 
     /// The buffers of both are kept, so that an answer's come on top of a document's.

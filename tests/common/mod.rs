@@ -28,6 +28,38 @@ pub fn demo_reader() -> CpuReader {
     CpuReader::new(DEMO.clone())
 }
 
+/// A small random model of this architecture.
+pub fn small_model(name: &str) -> Arc<Model> {
+    Arc::new(Model::open(root().join("tests/golden/arch").join(name)).unwrap())
+}
+
+/// Sentences of 5 to 24 tokens that are noise, in chunks of ten.
+pub fn noise_plan(vocab_size: u32, sentences: u32, max_retained: u32) -> Plan {
+    let mut state = 7u32;
+    let mut next = move |below: u32| {
+        state = state.wrapping_mul(1664525).wrapping_add(1013904223);
+        (state >> 8) % below
+    };
+    let (mut tokens, mut sentence_offsets) = (Vec::new(), vec![0]);
+    for _ in 0..sentences {
+        let len = 5 + next(20);
+        tokens.extend((0..len).map(|_| next(vocab_size)));
+        sentence_offsets.push(tokens.len() as u32);
+    }
+    let chunk_offsets = (0..sentences).step_by(10).chain([sentences]).collect();
+    Plan {
+        prefix: (0..9).map(|_| next(vocab_size)).collect(),
+        tail: (0..21).map(|_| next(vocab_size)).collect(),
+        question_start: 2,
+        tokens,
+        sentence_offsets,
+        chunk_offsets,
+        topk: 40,
+        phrase_width: 5,
+        max_retained,
+    }
+}
+
 /// The folder of further goldens that GLEANER_GOLDEN names.
 pub fn golden_folder() -> PathBuf {
     PathBuf::from(std::env::var_os("GLEANER_GOLDEN").expect("GLEANER_GOLDEN names a folder"))

@@ -123,7 +123,7 @@ impl Gpu {
     fn linear(&self, n: usize, k: usize, bias: bool) -> (DeviceLinear, Vec<bf16>, Vec<bf16>) {
         let weight = scaled_noise(n * k, 3, 1.0 / (k as f32).sqrt());
         let values = if bias { noise(n, 4) } else { vec![bf16::ZERO; n] };
-        let linear = DeviceLinear { weight: self.upload(&weight), bias: bias.then(|| self.upload(&values)), n, k };
+        let linear = DeviceLinear::new(self.upload(&weight), bias.then(|| self.upload(&values)), n, k);
         (linear, weight, values)
     }
 

@@ -12,8 +12,8 @@ use half::{bf16, f16};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
-use super::common::root;
-use super::{answer, cuda_reader, noise_plan, read};
+use super::common::{noise_plan, root};
+use super::{answer, cuda_reader, read};
 
 fn stored(value: f32, dtype: Dtype) -> Vec<u8> {
     match dtype {

@@ -9,8 +9,8 @@ use gleaner::plan::Plan;
 use gleaner::reader::{Detail, Reader, StepReport};
 use gleaner::{AskParams, Device, Document, Engine, Error};
 
-use super::common::{DEMO, demo_dir, root};
-use super::{SCORE_TOLERANCE, cuda_reader, noise_plan};
+use super::common::{DEMO, demo_dir, noise_plan, root};
+use super::{SCORE_TOLERANCE, cuda_reader};
 
 fn reports(reader: &dyn Reader, plan: &Plan, detail: Detail) -> Vec<StepReport> {
     let mut reports = Vec::new();

@@ -5,6 +5,7 @@ mod checkpoints;
 #[path = "../common/mod.rs"]
 mod common;
 mod embedding;
+mod profile;
 mod recorded;
 mod runs;
 
@@ -13,7 +14,7 @@ use std::ops::ControlFlow;
 use std::process::Command;
 use std::sync::Arc;
 
-use common::{DEMO, demo_dir, golden_folder, root};
+use common::{DEMO, demo_dir, golden_folder, noise_plan, root, small_model};
 use gleaner::cpu::CpuReader;
 use gleaner::cuda::{CudaDevice, CudaReader};
 use gleaner::model::Model;
@@ -24,11 +25,6 @@ use serde_json::Value;
 
 fn cuda_reader(model: Arc<Model>) -> CudaReader {
     CudaReader::new(CudaDevice::open(0).unwrap(), model).unwrap()
-}
-
-/// A small random model of this architecture.
-fn small_model(name: &str) -> Arc<Model> {
-    Arc::new(Model::open(root().join("tests/golden/arch").join(name)).unwrap())
 }
 
 fn read(reader: &dyn Reader, plan: &Plan) -> Gleaned {
@@ -47,33 +43,6 @@ fn ids(gleaned: &Gleaned) -> BTreeSet<u32> {
 
 fn share_in_common(a: &BTreeSet<u32>, b: &BTreeSet<u32>) -> f64 {
     a.intersection(b).count() as f64 / a.len().max(b.len()) as f64
-}
-
-/// Sentences of 5 to 24 tokens that are noise, in chunks of ten.
-fn noise_plan(vocab_size: u32, sentences: u32, max_retained: u32) -> Plan {
-    let mut state = 7u32;
-    let mut next = move |below: u32| {
-        state = state.wrapping_mul(1664525).wrapping_add(1013904223);
-        (state >> 8) % below
-    };
-    let (mut tokens, mut sentence_offsets) = (Vec::new(), vec![0]);
-    for _ in 0..sentences {
-        let len = 5 + next(20);
-        tokens.extend((0..len).map(|_| next(vocab_size)));
-        sentence_offsets.push(tokens.len() as u32);
-    }
-    let chunk_offsets = (0..sentences).step_by(10).chain([sentences]).collect();
-    Plan {
-        prefix: (0..9).map(|_| next(vocab_size)).collect(),
-        tail: (0..21).map(|_| next(vocab_size)).collect(),
-        question_start: 2,
-        tokens,
-        sentence_offsets,
-        chunk_offsets,
-        topk: 40,
-        phrase_width: 5,
-        max_retained,
-    }
 }
 
 /// The logits of these models' random weights reach about 15. Queries and keys rounded to bf16 move such a logit by up

@@ -8,8 +8,8 @@ use gleaner::plan::Plan;
 use gleaner::reader::{Gleaned, Reader, StepReport};
 use gleaner::{Answer, AskParams, Device, Document, Engine};
 
-use super::common::{DEMO, demo_dir, root};
-use super::{answer, cuda_reader, noise_plan, read, small_model};
+use super::common::{DEMO, demo_dir, noise_plan, root, small_model};
+use super::{answer, cuda_reader, read};
 
 /// The result with all step reports.
 fn read_with_reports(reader: &CudaReader, plan: &Plan) -> (Gleaned, Vec<StepReport>) {

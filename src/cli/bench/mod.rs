@@ -10,12 +10,13 @@ use std::time::{Duration, Instant};
 use clap::builder::PossibleValuesParser;
 use gleaner::model::{Config, Model, SHAPES};
 use gleaner::reader::MemoryRequest;
+use gleaner::timings::Ceilings;
 use gleaner::{Device, Error, cuda};
 use indicatif::ProgressBar;
 
 use super::{Failure, ModelArgs};
 use measure::{Bench, FRAME, QUESTION_ROWS, SENTENCE};
-use report::{Ceilings, Report};
+use report::Report;
 
 /// Lengths that a step may have, in tokens.
 const MAX_STEP: usize = 1 << 17;
@@ -132,15 +133,9 @@ fn measure(args: &BenchArgs, progress: &dyn Fn(String)) -> Result<Report, Error>
     let ceilings = match device {
         Device::Cuda(ordinal) => {
             progress("measuring what this GPU can do".into());
-            let mut noted = |ceiling: Result<f64, Error>, what: &str| {
-                ceiling.inspect_err(|error| notes.push(format!("no ceiling for {what}: {error}"))).ok()
-            };
-            Ceilings {
-                gemm_tflops: noted(cuda::gemm_ceiling(ordinal), "matrix products").map(|flops| flops / 1e12),
-                copy_gb_per_s: noted(cuda::copy_ceiling(ordinal), "copies").map(|bytes| bytes / 1e9),
-            }
+            cuda::ceilings(ordinal, &mut notes)
         }
-        _ => Ceilings { gemm_tflops: None, copy_gb_per_s: None },
+        _ => Ceilings::default(),
     };
 
     let bench = Bench { reader: reader.as_ref(), config: &model.config, retained: args.retained };

@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 
+use gleaner::timings::Ceilings;
 use serde::Serialize;
 
 /// Everything that was measured. Units stand in the names; `null` is what could not be measured.
@@ -24,13 +25,6 @@ pub struct Report {
     pub workspace_bytes: u64,
     pub tokenizer: Option<TokenizerRate>,
     pub notes: Vec<String>,
-}
-
-#[derive(Serialize)]
-pub struct Ceilings {
-    pub gemm_tflops: Option<f64>,
-    /// Bytes read and bytes written.
-    pub copy_gb_per_s: Option<f64>,
 }
 
 #[derive(Serialize)]

@@ -137,6 +137,7 @@ impl CudaDevice {
         require(!best.is_empty(), op, "there is no room for the likeliest token")?;
         require(out.len() >= n && a.len() >= k && weight.len() >= n * k, op, "a buffer is smaller than its shape")?;
         check_norm(&op, norm, k)?;
+        let _kernel = self.kernel("gemv_logits", "", 1, Work::fp32_product(n, k));
         // SAFETY: as in `rms_norm`.
         check(
             unsafe {
@@ -164,6 +165,7 @@ impl CudaDevice {
     pub fn gemv_residual(&self, x: &mut CudaSlice<bf16>, a: &CudaSlice<bf16>, linear: &DeviceLinear) -> Result<()> {
         let op = || format!("gemv_residual [{}, {}]", linear.n, linear.k);
         self.check_linear(&op, x.len(), a.len(), linear, 1)?;
+        let _kernel = self.kernel("gemv_residual", linear.role, 1, Work::residual(linear.n, linear.k));
         // SAFETY: as in `rms_norm`, with the shapes that `check_linear` checked.
         check(
             unsafe {
@@ -195,6 +197,7 @@ impl CudaDevice {
         let op = || format!("gemv_swiglu [{}, {}]", linear.n, linear.k);
         self.check_linear(&op, out.len() * 2, a.len(), linear, 1)?;
         check_norm(&op, norm, linear.k)?;
+        let _kernel = self.kernel("gemv_swiglu", linear.role, 1, Work::swiglu(linear.n, linear.k));
         // SAFETY: as in `rms_norm`, with the shapes that `check_linear` checked.
         check(
             unsafe {
@@ -233,6 +236,7 @@ impl CudaDevice {
         check_rotation(&op, rotation, linear.n, out.len() / linear.n)?;
         check_norm(&op, norm, linear.k)?;
         let position = self.shift(Some(position))?;
+        let _kernel = self.kernel("gemv_rope", linear.role, 1, Work::product(linear.n, linear.k));
         // SAFETY: as in `rms_norm`; the caller keeps the position below the rows of `out`, of which the table has as
         // many positions (checked above).
         check(
@@ -276,6 +280,9 @@ impl CudaDevice {
         require(parts.parts.len() >= lens[0] && parts.done.len() >= lens[1], op, "the parts are for fewer heads")?;
         let max_rows = (qkv.len() / heads.qkv_columns()).min(MAX_ROWS);
         let position = self.shift(Some(position))?;
+        let Heads { q, kv, dim, window } = heads;
+        let work = Work::DecodeAttention { q_dim: q * dim, kv_dim: kv * dim, window };
+        let _kernel = self.kernel("decode_attention", "", max_rows, work);
         // SAFETY: as in `rms_norm`; the caller keeps the position below the rows of `qkv`.
         check(
             unsafe {
@@ -316,6 +323,7 @@ impl CudaDevice {
             && embedding.len() >= vocab_size * hidden_size
             && !best.is_empty();
         require(fits && !sent.memory.is_empty(), op, "a buffer is too small")?;
+        let _kernel = self.kernel("sample", "", 1, Work::Uncounted);
         // SAFETY: the buffers hold what the kernel touches (checked above). Pinned memory has the same address on the
         // device.
         check(
@@ -363,6 +371,7 @@ impl CudaDevice {
         require(norms.iter().all(|norm| norm.len() >= dim), op, "a norm is smaller than a head")?;
         require(rotation.table.len() >= rows.max * dim, op, "the table has too few positions")?;
         let (count, first_row, row_start) = (self.count(rows)?, self.shift(first_row)?, self.shift(row_start)?);
+        let _kernel = self.kernel("head_norm", "", rows.max, Work::Elementwise { width: (q + k) * dim });
         // SAFETY: as in `rms_norm`; the caller keeps shifted rows and positions within `x` and the table.
         check(
             unsafe {

@@ -3,9 +3,11 @@
 #![allow(unsafe_code)]
 
 mod decode;
+mod hold;
 mod steps;
 
 pub use decode::{AttentionParts, Logits, NO_TOKEN, Norm, Sampled, Sent, answer, sampling_words};
+pub(in crate::cuda) use hold::Gate;
 pub use steps::{DevicePlan, StepBuffers, StepLog, state};
 
 use std::ffi::{CStr, c_int, c_void};
@@ -14,6 +16,7 @@ use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
 use half::bf16;
 
 use crate::cuda::{CudaDevice, ffi};
+use crate::timings::Work;
 use crate::{Error, Result};
 
 /// Rows that an operand may have.
@@ -49,12 +52,14 @@ pub struct DeviceLinear {
     pub n: usize,
     /// Inputs, a multiple of 8.
     pub k: usize,
+    /// What a model calls it, for profiles.
+    pub(in crate::cuda) role: &'static str,
 }
 
 impl DeviceLinear {
     /// `weight` is `[n, k]`, `bias` `[n]`.
     pub fn new(weight: CudaSlice<bf16>, bias: Option<CudaSlice<bf16>>, n: usize, k: usize) -> DeviceLinear {
-        DeviceLinear { weight, bias, n, k }
+        DeviceLinear { weight, bias, n, k, role: "" }
     }
 }
 
@@ -174,6 +179,7 @@ impl CudaDevice {
         let fits = out.len() >= elements && x.len() >= elements && weight.len() >= hidden_size;
         require(fits, op, "a buffer is smaller than its rows")?;
         let count = self.count(rows)?;
+        let _kernel = self.kernel("rms_norm", "", rows.max, Work::Elementwise { width: hidden_size });
         // SAFETY: the buffers live on this stream's device and hold the rows that the kernel touches (checked above);
         // allocations are aligned to 256 bytes, so rows of a multiple of 8 elements are aligned for 16-byte loads.
         check(
@@ -219,6 +225,7 @@ impl CudaDevice {
         )?;
         require(embedding.len() >= hidden_size, op, "the embedding is empty")?;
         let count = self.count(rows)?;
+        let _kernel = self.kernel("embed", "", rows.max, Work::Elementwise { width: hidden_size });
         // SAFETY: as in `rms_norm`; ids were checked against the embedding when the plan or prompt was validated.
         check(
             unsafe {
@@ -254,6 +261,7 @@ impl CudaDevice {
             true => ffi::gleaner_gemm_sm90_residual,
             false => ffi::gleaner_gemm_residual,
         };
+        let _kernel = self.kernel("gemm_residual", linear.role, rows.max, Work::residual(linear.n, linear.k));
         // SAFETY: as in `rms_norm`, with the shapes that `check_linear` checked.
         check(
             unsafe {
@@ -291,6 +299,7 @@ impl CudaDevice {
             true => ffi::gleaner_gemm_sm90_swiglu,
             false => ffi::gleaner_gemm_swiglu,
         };
+        let _kernel = self.kernel("gemm_swiglu", linear.role, rows.max, Work::swiglu(linear.n, linear.k));
         // SAFETY: as in `rms_norm`, with the shapes that `check_linear` checked.
         check(
             unsafe {
@@ -328,6 +337,7 @@ impl CudaDevice {
         self.check_linear(&op, out.len(), a.len(), linear, rows.max)?;
         check_rotation(&op, rotation, linear.n, rows.max)?;
         let (count, first) = (self.count(rows)?, self.shift(first)?);
+        let _kernel = self.kernel("gemm_rope", linear.role, rows.max, Work::product(linear.n, linear.k));
         let (out, a_rows) = (self.address_mut(out), a.len() / linear.k);
         let (a, weight, bias) = (self.address(a), self.address(&linear.weight), self.bias(linear));
         let (table, stream) = (self.address(rotation.table), self.raw_stream());
@@ -359,10 +369,17 @@ impl CudaDevice {
         let fits = out.len() >= rows.max * heads.q * heads.dim && qkv.len() >= rows.max * heads.qkv_columns();
         require(fits, op, "a buffer is smaller than its rows")?;
         let count = self.count(rows)?;
+        let Heads { q, kv, dim, window } = heads;
+        let work = Work::Attention { q_dim: q * dim, kv_dim: kv * dim, window };
+        let _kernel = self.kernel("attention", "", rows.max, work);
+        let launch = match self.runs_hopper_kernels() {
+            true => ffi::gleaner_attention_sm90,
+            false => ffi::gleaner_attention,
+        };
         // SAFETY: as in `rms_norm`.
         check(
             unsafe {
-                ffi::gleaner_attention(
+                launch(
                     self.address_mut(out),
                     self.address(qkv),
                     count,

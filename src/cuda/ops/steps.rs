@@ -320,6 +320,7 @@ impl CudaDevice {
     /// # Errors
     /// [`Error::Cuda`].
     pub fn start(&self, steps: &mut StepBuffers, plan: &DevicePlan) -> Result<()> {
+        let _kernel = self.kernel("start", "", 1, Work::Uncounted);
         // SAFETY: every array of the loop has the length that kernels.h asks for (`StepBuffers::prepare`), the plan was
         // validated, and its step is no longer than `max_tokens`, which the kernel checks too.
         check(unsafe { ffi::gleaner_start(&steps.raw(self), &plan.raw(self), self.raw_stream()) }, || "start".into())
@@ -347,6 +348,9 @@ impl CudaDevice {
         require(heads.q <= 128, op, "at most 128 query heads")?;
         require(steps.logits.len() >= heads.q * max_rows * max_tokens, op, "the step buffers have fewer heads")?;
         let state = self.address(&steps.journal) as *const ffi::GleanerState;
+        let (q_dim, kv_dim) = (heads.q * heads.dim, heads.kv * heads.dim);
+        let work = Work::QuestionLogits { question_rows: max_rows, q_dim, kv_dim };
+        let kernel = self.kernel("question_logits", "", max_tokens, work);
         check(
             // SAFETY: the step buffers were made for these rows, tokens and heads; q and k hold them (checked above).
             unsafe {
@@ -367,6 +371,8 @@ impl CudaDevice {
             },
             op,
         )?;
+        drop(kernel);
+        let _kernel = self.kernel("question_scores", "", max_tokens, Work::Uncounted);
         check(
             // SAFETY: as above.
             unsafe {
@@ -392,6 +398,7 @@ impl CudaDevice {
     /// # Errors
     /// [`Error::Cuda`].
     pub fn select(&self, steps: &mut StepBuffers, plan: &DevicePlan) -> Result<()> {
+        let _kernel = self.kernel("select", "", steps.max_tokens, Work::Uncounted);
         // SAFETY: as in `start`.
         check(unsafe { ffi::gleaner_select(&steps.raw(self), &plan.raw(self), self.raw_stream()) }, || "select".into())
     }
