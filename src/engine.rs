@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use crate::answer::{Answer, DocumentFigures, Evidence, ParamFigures, Timing};
 use crate::cpu::CpuReader;
+use crate::cuda::ExternalStream;
 use crate::model::Model;
 use crate::plan::{Plan, ReadParams};
 use crate::range::range;
@@ -26,6 +27,8 @@ pub enum Device {
     Cpu,
     /// The GPU of this ordinal.
     Cuda(usize),
+    /// A GPU, on a stream that the program made.
+    CudaStream(ExternalStream),
 }
 
 impl Device {
@@ -38,6 +41,7 @@ impl Device {
         let gpu = |ordinal, model| Ok((Device::Cuda(ordinal), cuda::reader(ordinal, model)?));
         match self {
             Device::Cuda(ordinal) => gpu(ordinal, model),
+            Device::CudaStream(stream) => Ok((self, cuda::reader_on(stream, model)?)),
             Device::Auto => Ok(gpu(0, model.clone()).unwrap_or_else(|_: Error| cpu(model))),
             Device::Cpu => Ok(cpu(model)),
         }
@@ -109,8 +113,10 @@ impl Engine {
     /// what is wrong with the directory, [`Error::Device`] if the device cannot be used.
     pub fn open(model_dir: impl AsRef<Path>, device: Device) -> Result<Engine> {
         // A device that is not there is the first thing to say: a model may take long to open.
-        if let Device::Cuda(ordinal) = device {
-            cuda::describe(ordinal)?;
+        match device {
+            Device::Cuda(ordinal) => drop(cuda::describe(ordinal)?),
+            Device::CudaStream(stream) => drop(cuda::describe(stream.ordinal())?),
+            Device::Auto | Device::Cpu => {}
         }
         let begun = Instant::now();
         let opening = range!("open");
@@ -250,7 +256,8 @@ impl Engine {
                     self.reader.profile(&plan, &prompt, &Sampling { max_new_tokens, ..params.sampling.clone() })?;
                 let ceilings = match self.device {
                     Device::Cuda(ordinal) => cuda::ceilings(ordinal, &mut warnings),
-                    _ => Ceilings::default(),
+                    Device::CudaStream(stream) => cuda::ceilings(stream.ordinal(), &mut warnings),
+                    Device::Auto | Device::Cpu => Ceilings::default(),
                 };
                 Some(Timings::new(self.opening.into_iter().chain(stages).collect(), profile, ceilings))
             }

@@ -38,7 +38,8 @@
 //!
 //! # Two tiers
 //! [`Engine::ask`] takes text and gives an [`Answer`]. One tier below, [`Engine::frame`], [`Engine::plan`] and
-//! [`Engine::reader`] give the parts: token ids in, kept sentence ids and scores out.
+//! [`Engine::reader`] give the parts: token ids in, kept sentence ids and scores out, on request
+//! ([`reader::Detail::Scores`]) those of every token. A C library offers the same two; `docs/embedding.md` shows both.
 //!
 //! # Rules
 //! The library never panics on input, never prints, never exits. Everything that can go wrong is an [`Error`]. All
@@ -65,3 +66,7 @@ pub use answer::{Answer, DocumentFigures, Evidence, ParamFigures, Timing};
 pub use engine::{AskParams, Device, Engine, Progress};
 pub use error::{Error, Result};
 pub use text::Document;
+
+#[cfg(doctest)]
+#[doc = include_str!("../docs/embedding.md")]
+struct Embedding;

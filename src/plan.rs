@@ -217,9 +217,10 @@ impl Plan {
         let tokens = |sentences: &[u32]| {
             self.sentence_offsets[sentences[1] as usize] - self.sentence_offsets[sentences[0] as usize]
         };
-        let chunk = self.chunk_offsets.windows(2).map(tokens).max().unwrap_or(0);
-        let retained = if self.chunks() > 1 { self.max_retained } else { 0 };
-        self.prefix.len() + (retained + chunk) as usize + self.tail.len()
+        let chunk = self.chunk_offsets.windows(2).map(tokens).max().unwrap_or(0) as usize;
+        // A plan from elsewhere may allow more than it has.
+        let retained = if self.chunks() > 1 { (self.max_retained as usize).min(self.tokens.len()) } else { 0 };
+        self.prefix.len() + retained + chunk + self.tail.len()
     }
 
     /// The sizes that a reader's memory depends on.
@@ -401,6 +402,8 @@ mod tests {
         };
         assert!(good.validate(7).is_ok());
         assert_eq!(good.max_step_tokens(), 6);
+        let generous = Plan { chunk_offsets: vec![0, 1, 2], max_retained: u32::MAX, ..good.clone() };
+        assert_eq!(generous.max_step_tokens(), 8, "no more than the 3 tokens that there are");
         let shape = good.shape();
         assert_eq!((shape.question_rows, shape.prefix_tokens, shape.tail_tokens), (1, 1, 2));
         assert_eq!((shape.chunks, shape.sentences, shape.tokens), (1, 2, 3));

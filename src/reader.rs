@@ -15,11 +15,25 @@ use crate::timings::Profile;
 pub trait Reader: Send + Sync {
     /// Reads all chunks of `plan` and returns the sentences that are left.
     ///
-    /// `observe` is called after each step; breaking stops the reading at the next step boundary.
+    /// `observe` is called after each step, on the calling thread, with a report of the `detail` that is asked for;
+    /// breaking stops the reading at the next step boundary.
     ///
     /// # Errors
     /// [`crate::Error::Plan`], [`crate::Error::Cancelled`], [`crate::Error::NotFinite`], or the device's.
-    fn read(&self, plan: &Plan, observe: &mut dyn FnMut(&StepReport) -> ControlFlow<()>) -> Result<Gleaned>;
+    fn read_with(
+        &self,
+        plan: &Plan,
+        detail: Detail,
+        observe: &mut dyn FnMut(&StepReport) -> ControlFlow<()>,
+    ) -> Result<Gleaned>;
+
+    /// [`Reader::read_with`] without scores.
+    ///
+    /// # Errors
+    /// Those of [`Reader::read_with`].
+    fn read(&self, plan: &Plan, observe: &mut dyn FnMut(&StepReport) -> ControlFlow<()>) -> Result<Gleaned> {
+        self.read_with(plan, Detail::Selection, observe)
+    }
 
     /// Continues `prompt` until an end token, the limit of `sampling`, or a break from `on_token`.
     ///
@@ -81,6 +95,17 @@ impl Memory {
     }
 }
 
+/// How much a [`StepReport`] says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Detail {
+    /// What stays and what does not.
+    #[default]
+    Selection,
+    /// The score of every context token too. A GPU then keeps those of all steps in its memory, 4 bytes each, and reads
+    /// them back with the rest at the end.
+    Scores,
+}
+
 /// A sentence that was kept, with its score in the step that kept it.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Kept {
@@ -119,6 +144,21 @@ pub struct StepReport {
     pub dropped: Vec<(u32, DropReason)>,
     /// The best tokens, best first.
     pub top_tokens: Vec<TopToken>,
+    /// The score of each context token, in the order of [`StepReport::sentences`]; empty unless [`Detail::Scores`] was
+    /// asked for. It is what the best tokens are chosen by: the attention of the question's rows, weighted and summed
+    /// over rows and heads, behind the box filter. A plan with a `phrase_width` of 1 leaves it unfiltered.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub scores: Vec<f32>,
+}
+
+impl StepReport {
+    /// The sentences of its context, in their order there, which is that of the document.
+    pub fn sentences(&self) -> Vec<u32> {
+        let kept = self.kept.iter().map(|kept| kept.sentence);
+        let mut sentences: Vec<u32> = kept.chain(self.dropped.iter().map(|&(sentence, _)| sentence)).collect();
+        sentences.sort_unstable();
+        sentences
+    }
 }
 
 /// A token among the best of a step.

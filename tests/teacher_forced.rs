@@ -4,6 +4,7 @@ mod common;
 
 use common::{Golden, GoldenStep, demo_reader, golden_folder, root, selected, teacher_forced};
 use gleaner::cpu::CpuReader;
+use gleaner::reader::Detail;
 
 /// Scores may differ by this share of the step's largest: both sides sum the same products in fp32, in another order.
 const SCORE_TOLERANCE: f64 = 1e-4;
@@ -60,12 +61,20 @@ fn committed_goldens() {
     Golden::all(&root().join("tests/golden")).iter().for_each(check);
 }
 
-/// The same steps as one plan, through all of the reader: what the GPU's test relies on.
+/// The same steps as one plan, through all of the reader: what the GPU's test relies on. The scores that it gives on
+/// request are the recorded ones.
 #[test]
 fn a_recorded_run_as_a_plan() {
     let golden = Golden::open(&root().join("tests/golden/almanac_narrow.safetensors"));
     let (plan, kept) = teacher_forced(&golden);
-    assert_eq!(selected(&demo_reader(), &plan), kept);
+    let mut scores = Vec::new();
+    assert_eq!(selected(&demo_reader(), &plan, Detail::Scores, &mut |step| scores.push(step.scores.clone())), kept);
+    for (ours, step) in scores.iter().zip(golden.steps()) {
+        let largest = step.scores.iter().copied().fold(0.0, f64::max);
+        let worst = ours.iter().zip(&step.scores).map(|(&a, b)| (a as f64 - b).abs()).fold(0.0, f64::max);
+        assert_eq!(ours.len(), step.scores.len());
+        assert!(worst <= SCORE_TOLERANCE * largest, "off by {worst} of {largest}");
+    }
 }
 
 #[test]

@@ -15,7 +15,7 @@ use score::{ContextSentence, QuestionAttention, select_sentences, top_k};
 use crate::model::Model;
 use crate::plan::{Plan, PlanShape};
 use crate::range::range;
-use crate::reader::{Gleaned, Kept, Memory, MemoryRequest, Reader, Sampling, StepReport, TopToken};
+use crate::reader::{Detail, Gleaned, Kept, Memory, MemoryRequest, Reader, Sampling, StepReport, TopToken};
 use crate::sample::sample;
 use crate::timings::{Clock, Profile, Stage, Work};
 use crate::{Error, Result};
@@ -163,11 +163,12 @@ impl Prompt {
 }
 
 impl CpuReader {
-    /// [`Reader::read`] with a decoder for its steps.
-    fn read_with(
+    /// All steps of `plan`, which is checked, with one decoder.
+    fn read_steps(
         &self,
         decoder: &Decoder,
         plan: &Plan,
+        detail: Detail,
         observe: &mut dyn FnMut(&StepReport) -> ControlFlow<()>,
     ) -> Result<Gleaned> {
         let mut ws = Workspace::default();
@@ -203,6 +204,10 @@ impl CpuReader {
                 kept: gleaned.kept.clone(),
                 dropped: selection.dropped,
                 top_tokens: selected.iter().map(|&index| prompt.top_token(index, scores[index])).collect(),
+                scores: match detail {
+                    Detail::Selection => Vec::new(),
+                    Detail::Scores => scores.iter().map(|&score| score as f32).collect(),
+                },
             };
             if observe(&report).is_break() {
                 return Err(Error::Cancelled);
@@ -211,8 +216,8 @@ impl CpuReader {
         Ok(gleaned)
     }
 
-    /// [`Reader::answer`] with a decoder for its tokens.
-    fn answer_with(
+    /// All tokens behind `prompt`, which is checked, with one decoder.
+    fn answer_tokens(
         &self,
         decoder: &mut Decoder,
         prompt: &[u32],
@@ -254,9 +259,14 @@ impl CpuReader {
 }
 
 impl Reader for CpuReader {
-    fn read(&self, plan: &Plan, observe: &mut dyn FnMut(&StepReport) -> ControlFlow<()>) -> Result<Gleaned> {
+    fn read_with(
+        &self,
+        plan: &Plan,
+        detail: Detail,
+        observe: &mut dyn FnMut(&StepReport) -> ControlFlow<()>,
+    ) -> Result<Gleaned> {
         plan.validate(self.model.config.vocab_size)?;
-        self.read_with(&Decoder::new(&self.model, plan.max_step_tokens()), plan, observe)
+        self.read_steps(&Decoder::new(&self.model, plan.max_step_tokens()), plan, detail, observe)
     }
 
     fn answer(
@@ -267,7 +277,7 @@ impl Reader for CpuReader {
     ) -> Result<Vec<u32>> {
         self.check_answer(prompt, sampling)?;
         let mut decoder = Decoder::new(&self.model, prompt.len() + sampling.max_new_tokens);
-        self.answer_with(&mut decoder, prompt, sampling, on_token)
+        self.answer_tokens(&mut decoder, prompt, sampling, on_token)
     }
 
     fn profile(&self, plan: &Plan, prompt: &[u32], sampling: &Sampling) -> Result<Profile> {
@@ -276,8 +286,8 @@ impl Reader for CpuReader {
         let tokens = plan.max_step_tokens().max(prompt.len() + sampling.max_new_tokens);
         let mut decoder = Decoder::new(&self.model, tokens);
         decoder.clock = Clock::started();
-        self.read_with(&decoder, plan, &mut |_| ControlFlow::Continue(()))?;
-        self.answer_with(&mut decoder, prompt, sampling, &mut |_| ControlFlow::Continue(()))?;
+        self.read_steps(&decoder, plan, Detail::Selection, &mut |_| ControlFlow::Continue(()))?;
+        self.answer_tokens(&mut decoder, prompt, sampling, &mut |_| ControlFlow::Continue(()))?;
         Ok(Profile { operations: decoder.clock.into_operations(), empty_launch_us: None })
     }
 

@@ -6,10 +6,12 @@ use cudarc::driver::sys::CUdevice_attribute::{
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
 };
 use cudarc::driver::sys::CUevent_flags::CU_EVENT_DEFAULT;
+use cudarc::driver::sys::{CUstream, cuStreamGetCtx};
 use cudarc::driver::{
     CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, DriverError, ValidAsZeroBits,
 };
 
+use super::ExternalStream;
 use super::statistics::{Counters, Statistics};
 use super::timer::Timer;
 use crate::{Error, Result};
@@ -20,7 +22,8 @@ const MIN_COMPUTE_CAPABILITY: (i32, i32) = (8, 0);
 /// Compute capability whose own instructions some kernels use.
 const HOPPER: (i32, i32) = (9, 0);
 
-/// A GPU with a stream of its own. The context is the device's primary one, so that an embedding program shares it.
+/// A GPU with a stream, its own unless it was opened on another. The context is the device's primary one, so that an
+/// embedding program shares it.
 pub struct CudaDevice {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
@@ -49,6 +52,32 @@ fn disable_event_tracking(context: &CudaContext) {
     unsafe { context.disable_event_tracking() }
 }
 
+/// Largest address that stands for a default stream: none, the legacy one, each thread's.
+const DEFAULT_STREAMS: usize = 2;
+
+#[allow(unsafe_code)]
+fn borrow_stream(context: &Arc<CudaContext>, external: ExternalStream) -> Result<Arc<CudaStream>> {
+    let ExternalStream { ordinal, address } = external;
+    if address <= DEFAULT_STREAMS {
+        return Err(Error::Device(format!(
+            "a default stream of cuda:{ordinal} cannot be used: its work cannot be recorded; make a stream of your own"
+        )));
+    }
+    let stream = address as CUstream;
+    let mut owner = std::ptr::null_mut();
+    // SAFETY: who made an `ExternalStream` vouched for the stream; `owner` is written before it is read.
+    let status = unsafe { cuStreamGetCtx(stream, &mut owner) };
+    status.result().map_err(|error| driver_error("asking for the stream's context", error))?;
+    if owner != context.cu_ctx() {
+        return Err(Error::Device(format!(
+            "the stream is not one of the primary context of cuda:{ordinal}; make it there, as the CUDA runtime does"
+        )));
+    }
+    // SAFETY: it belongs to the context (checked above) and outlives the wrapper (`ExternalStream::new`); that nothing
+    // else is put on it meanwhile is asked for there too.
+    Ok(unsafe { context.wrap_borrowed_stream(stream) })
+}
+
 impl CudaDevice {
     /// Opens GPU `ordinal`.
     ///
@@ -56,6 +85,23 @@ impl CudaDevice {
     /// [`Error::Device`] if the machine has no driver or no such GPU, or the GPU is too old; [`Error::Cuda`] if the
     /// driver fails.
     pub fn open(ordinal: usize) -> Result<CudaDevice> {
+        let own =
+            |context: &Arc<CudaContext>| context.new_stream().map_err(|error| driver_error("creating a stream", error));
+        CudaDevice::open_with(ordinal, own)
+    }
+
+    /// Opens the GPU of `stream`, to work on that.
+    ///
+    /// # Errors
+    /// As [`CudaDevice::open`]; [`Error::Device`] too for a default stream or one of another context.
+    pub fn open_on(stream: ExternalStream) -> Result<CudaDevice> {
+        CudaDevice::open_with(stream.ordinal, |context| borrow_stream(context, stream))
+    }
+
+    fn open_with(
+        ordinal: usize,
+        stream: impl FnOnce(&Arc<CudaContext>) -> Result<Arc<CudaStream>>,
+    ) -> Result<CudaDevice> {
         if !driver_is_present() {
             return Err(Error::Device(format!(
                 "cuda:{ordinal} cannot be used: no NVIDIA driver (libcuda) on this machine; install it or use --device cpu"
@@ -71,7 +117,7 @@ impl CudaDevice {
         }
         let context = CudaContext::new(ordinal).map_err(|error| driver_error("opening the GPU", error))?;
         disable_event_tracking(&context);
-        let stream = context.new_stream().map_err(|error| driver_error("creating a stream", error))?;
+        let stream = stream(&context)?;
         let mut device =
             CudaDevice { context, stream, ordinal, hopper: false, counters: Arc::default(), timer: Mutex::default() };
         let (major, minor) = device.compute_capability()?;

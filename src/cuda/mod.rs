@@ -33,6 +33,7 @@ mod timer;
 #[cfg(gleaner_cuda)]
 mod workspace;
 
+use std::ffi::c_void;
 use std::sync::Arc;
 
 #[cfg(gleaner_cuda)]
@@ -62,6 +63,34 @@ pub const ARCHITECTURES: &str = env!("GLEANER_CUDA_ARCHITECTURES");
 /// Whether this build shows its work to NVIDIA's profilers as ranges.
 pub const RANGES: bool = cfg!(gleaner_nvtx);
 
+/// A GPU's stream that belongs to the program around this library: a reader puts its work there instead of on a stream
+/// of its own, behind what already lies on it and with its priority.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExternalStream {
+    ordinal: usize,
+    /// A `CUstream`, which is what the runtime's `cudaStream_t` is too.
+    address: usize,
+}
+
+impl ExternalStream {
+    /// Names `stream`, a `CUstream` or `cudaStream_t` made in the primary context of GPU `ordinal` (the one that the
+    /// CUDA runtime uses). The default streams are refused when it is opened.
+    ///
+    /// # Safety
+    /// While an engine or reader that was opened on it lives, the stream must not be destroyed. While one of their calls
+    /// is under way, no one else may put work on it, wait for it or record it: a call records its work as a graph, and
+    /// would record the other work too. Whatever a call puts on it is done when the call returns.
+    #[allow(unsafe_code, reason = "a stream is a bare address to this crate")]
+    pub unsafe fn new(ordinal: usize, stream: *mut c_void) -> ExternalStream {
+        ExternalStream { ordinal, address: stream as usize }
+    }
+
+    /// The GPU that it is on.
+    pub fn ordinal(&self) -> usize {
+        self.ordinal
+    }
+}
+
 /// The reader of `model` on GPU `ordinal`.
 ///
 /// # Errors
@@ -74,6 +103,20 @@ pub(crate) fn reader(ordinal: usize, model: Arc<Model>) -> Result<Box<dyn Reader
     {
         drop(model);
         Err(not_built(ordinal))
+    }
+}
+
+/// The reader of `model` on a stream of the caller's.
+///
+/// # Errors
+/// As [`reader`]; [`crate::Error::Device`] too for a stream that cannot serve.
+pub(crate) fn reader_on(stream: ExternalStream, model: Arc<Model>) -> Result<Box<dyn Reader>> {
+    #[cfg(gleaner_cuda)]
+    return Ok(Box::new(CudaReader::new(CudaDevice::open_on(stream)?, model)?));
+    #[cfg(not(gleaner_cuda))]
+    {
+        drop(model);
+        Err(not_built(stream.ordinal))
     }
 }
 

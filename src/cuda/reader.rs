@@ -4,18 +4,22 @@
 use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use cudarc::driver::CudaSlice;
+
 use super::answer::{self, Answering};
+use super::device::driver_error;
 use super::forward::Forward;
 use super::memory::{AnswerSizes, ReadSizes};
 use super::model::DeviceModel;
 use super::ops::{Heads, StepLog};
+use super::record::Recorded;
 use super::statistics::{Counters, Statistics};
 use super::workspace::Workspace;
 use super::{CudaDevice, memory};
 use crate::model::Model;
 use crate::plan::Plan;
 use crate::range::range;
-use crate::reader::{DropReason, Gleaned, Kept, Memory, MemoryRequest, Reader, Sampling, StepReport};
+use crate::reader::{Detail, DropReason, Gleaned, Kept, Memory, MemoryRequest, Reader, Sampling, StepReport};
 use crate::timings::{Profile, Stage};
 use crate::{Error, Result};
 
@@ -37,6 +41,39 @@ struct Gpu {
     answering: Option<Answering>,
     weights: DeviceModel,
     device: CudaDevice,
+}
+
+/// Every step's token scores, kept on the device until the last step.
+struct ScoreLog {
+    /// `[chunks, max_step_tokens]`
+    scores: CudaSlice<f32>,
+    /// `max_step_tokens`
+    stride: usize,
+}
+
+impl ScoreLog {
+    const WHAT: &str = "keeping the scores of a step";
+
+    fn new(device: &CudaDevice, plan: &Plan) -> Result<ScoreLog> {
+        let stride = plan.max_step_tokens();
+        let len = plan.chunks() * stride;
+        let bytes = (len * size_of::<f32>()) as u64;
+        device.check_free(bytes, "the scores of all steps", "read the document without them")?;
+        Ok(ScoreLog { scores: device.zeros(len)?, stride })
+    }
+
+    /// Puts a copy of the scores that `step` left behind everything on the stream.
+    fn keep(&mut self, device: &CudaDevice, step: usize, scores: &CudaSlice<f32>) -> Result<()> {
+        let mut row = self.scores.slice_mut(step * self.stride..(step + 1) * self.stride);
+        let copied = device.stream().memcpy_dtod(&scores.slice(..self.stride), &mut row);
+        copied.map_err(|error| driver_error(Self::WHAT, error))
+    }
+
+    /// The scores of each step's context, of so many tokens. Waits for the device.
+    fn read_back(&self, device: &CudaDevice, context_tokens: impl Iterator<Item = usize>) -> Result<Vec<Vec<f32>>> {
+        let scores = device.download("reading back the scores", &self.scores)?;
+        Ok(scores.chunks(self.stride).zip(context_tokens).map(|(row, tokens)| row[..tokens].to_vec()).collect())
+    }
 }
 
 impl CudaReader {
@@ -76,35 +113,50 @@ impl CudaReader {
         Heads { q: config.num_attention_heads, kv: config.num_key_value_heads, dim: config.head_dim, window: 0 }
     }
 
-    /// All steps of `plan`, and what they did.
-    fn read_steps(&self, forward: &Forward, workspace: &mut Workspace, plan: &Plan, graphs: bool) -> Result<StepLog> {
+    /// All steps of `plan`: what they did, and of each the scores if `detail` asks for them.
+    fn read_steps(
+        &self,
+        forward: &Forward,
+        workspace: &mut Workspace,
+        plan: &Plan,
+        detail: Detail,
+        graphs: bool,
+    ) -> Result<(StepLog, Vec<Vec<f32>>)> {
         let device = forward.device;
+        let mut score_log = match detail {
+            Detail::Selection => None,
+            Detail::Scores => Some(ScoreLog::new(device, plan)?),
+        };
         workspace.plan.upload(device, plan)?;
         workspace.steps.prepare(plan, self.heads())?;
         device.pass(Stage::Read, Some(0), || device.start(&mut workspace.steps, &workspace.plan))?;
-        let launch = |workspace: &mut Workspace, step: usize| {
+        let mut run = |workspace: &mut Workspace, step: usize, graph: Option<&Recorded>| {
             let _step = range!("step {step}");
-            device.pass(Stage::Read, None, || forward.step(workspace))
+            match graph {
+                Some(graph) => device.launch("launching a step", graph)?,
+                None => device.pass(Stage::Read, None, || forward.step(workspace))?,
+            }
+            match &mut score_log {
+                Some(log) => log.keep(device, step, workspace.steps.phrase_scores()),
+                None => Ok(()),
+            }
         };
         // The first step loads the kernels, which must not happen while a graph is recorded.
-        launch(workspace, 0)?;
+        run(workspace, 0, None)?;
         let replay = graphs && plan.chunks() > 1;
         // Kept until the readback has waited for its last launch.
         let graph = replay.then(|| device.record(|| forward.step(workspace))).transpose()?;
         for step in 1..plan.chunks() {
-            match &graph {
-                Some(graph) => {
-                    let _step = range!("step {step}");
-                    device.launch("launching a step", graph)?;
-                }
-                None => launch(workspace, step)?,
-            }
+            run(workspace, step, graph.as_ref())?;
         }
-        workspace.steps.read_back(device)
+        let log = workspace.steps.read_back(device)?;
+        let context_tokens = log.steps.iter().map(|&(_, context_tokens, _)| context_tokens);
+        let scores = score_log.map(|scores| scores.read_back(device, context_tokens)).transpose()?;
+        Ok((log, scores.unwrap_or_default()))
     }
 
-    /// All steps of `plan`, which is checked, with the buffers of `gpu`.
-    fn read_on(&self, gpu: &mut Gpu, plan: &Plan, graphs: bool) -> Result<StepLog> {
+    /// [`CudaReader::read_steps`] of a `plan` that is checked, with the buffers of `gpu`.
+    fn read_on(&self, gpu: &mut Gpu, plan: &Plan, detail: Detail, graphs: bool) -> Result<(StepLog, Vec<Vec<f32>>)> {
         let Gpu { device, weights, workspace: slot, .. } = gpu;
         device.bind()?;
         let max_tokens = plan.max_step_tokens();
@@ -114,12 +166,12 @@ impl CudaReader {
         let needed = ReadSizes::new(&self.model.config, &plan.shape());
         let workspace = Workspace::reserve(slot, device, &self.model, needed)?;
         let forward = Forward { device, weights, config: &self.model.config };
-        let log = self.read_steps(&forward, workspace, plan, graphs);
-        if log.is_err() {
+        let read = self.read_steps(&forward, workspace, plan, detail, graphs);
+        if read.is_err() {
             // What a failed document leaves behind may be infinite, which a workspace must not be.
             *slot = None;
         }
-        log
+        read
     }
 
     /// [`Reader::answer`] with the buffers of `gpu`.
@@ -152,9 +204,14 @@ impl CudaReader {
 impl Reader for CudaReader {
     /// The steps' reports come together, after the last step, and name no top tokens: between the first chunk and the
     /// last nothing travels to the host.
-    fn read(&self, plan: &Plan, observe: &mut dyn FnMut(&StepReport) -> ControlFlow<()>) -> Result<Gleaned> {
+    fn read_with(
+        &self,
+        plan: &Plan,
+        detail: Detail,
+        observe: &mut dyn FnMut(&StepReport) -> ControlFlow<()>,
+    ) -> Result<Gleaned> {
         plan.validate(self.model.config.vocab_size)?;
-        let log = self.read_on(&mut self.lock(), plan, self.graphs)?;
+        let (log, mut scores) = self.read_on(&mut self.lock(), plan, detail, self.graphs)?;
 
         let mut gleaned = Gleaned { kept: Vec::new(), dropped_for_capacity: log.dropped_for_capacity };
         for (step, (&(tokens, context_tokens, retained_tokens), selected)) in
@@ -179,6 +236,7 @@ impl Reader for CudaReader {
                 kept: gleaned.kept.clone(),
                 dropped,
                 top_tokens: Vec::new(),
+                scores: scores.get_mut(step).map(std::mem::take).unwrap_or_default(),
             };
             if observe(&report).is_break() {
                 return Err(Error::Cancelled);
@@ -201,7 +259,7 @@ impl Reader for CudaReader {
         let mut gpu = self.lock();
         gpu.device.bind()?;
         gpu.device.start_timer()?;
-        let log = self.read_on(&mut gpu, plan, false).and_then(|log| {
+        let log = self.read_on(&mut gpu, plan, Detail::Selection, false).and_then(|(log, _)| {
             self.answer_on(&mut gpu, prompt, sampling, false, &mut |_| ControlFlow::Continue(()))?;
             Ok(log)
         });

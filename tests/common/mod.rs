@@ -9,7 +9,7 @@ use std::sync::{Arc, LazyLock};
 use gleaner::cpu::CpuReader;
 use gleaner::model::Model;
 use gleaner::plan::Plan;
-use gleaner::reader::{DropReason, Reader};
+use gleaner::reader::{Detail, DropReason, Reader, StepReport};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -182,10 +182,16 @@ pub fn teacher_forced(golden: &Golden) -> (Plan, Vec<BTreeSet<u32>>) {
     (plan, kept)
 }
 
-/// What each step of a plan by [`teacher_forced`] selects.
-pub fn selected(reader: &dyn Reader, plan: &Plan) -> Vec<BTreeSet<u32>> {
+/// What each step of a plan by [`teacher_forced`] selects. `observe` gets the reports.
+pub fn selected(
+    reader: &dyn Reader,
+    plan: &Plan,
+    detail: Detail,
+    observe: &mut dyn FnMut(&StepReport),
+) -> Vec<BTreeSet<u32>> {
     let mut steps = Vec::new();
-    let gleaned = reader.read(plan, &mut |report| {
+    let gleaned = reader.read_with(plan, detail, &mut |report| {
+        observe(report);
         let dropped = report.dropped.iter();
         steps.push(dropped.filter(|entry| entry.1 == DropReason::MaxRetained).map(|entry| entry.0).collect());
         ControlFlow::Continue(())

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use gleaner::reader::Detail;
 use serde_json::Value;
 
 use super::common::{DEMO, Golden, golden_folder, root, selected, teacher_forced};
@@ -24,7 +25,7 @@ fn check(goldens: &[Golden]) {
     let (mut differing, mut differing_in_reference) = (0, 0);
     for golden in goldens {
         let (plan, expected) = teacher_forced(golden);
-        let (common, kept) = common_and_kept(&selected(&reader, &plan), &expected);
+        let (common, kept) = common_and_kept(&selected(&reader, &plan, Detail::Selection, &mut |_| ()), &expected);
         let recorded = &reference["recordings"][&golden.name];
         let number = |name: &str| recorded[name].as_u64().expect("benches/reference_bf16.py has recorded it") as usize;
         println!(

@@ -274,6 +274,11 @@ impl StepBuffers {
         self.scores.slice_mut(..)
     }
 
+    /// Scores of the context's tokens behind the box filter, `[max_tokens]` or more.
+    pub(in crate::cuda) fn phrase_scores(&self) -> &CudaSlice<f32> {
+        &self.phrase_scores
+    }
+
     /// The readback: what all steps did, and the error flags. Waits for the device.
     ///
     /// # Errors
