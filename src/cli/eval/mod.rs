@@ -10,6 +10,8 @@ mod nih;
 mod qa;
 mod recall;
 mod run;
+mod stats;
+mod table;
 
 use std::io;
 use std::path::Path;
