@@ -24,9 +24,8 @@ impl Interval {
         let over_groups = |means: &mut dyn Iterator<Item = f64>| means.sum::<f64>() / groups.len() as f64;
         let mean = over_groups(&mut groups.iter().map(|group| group.iter().sum::<f64>() / group.len() as f64));
         let mut noise = Noise(0);
-        let mut drawn = |group: &[f64]| {
-            (0..group.len()).map(|_| group[noise.below(group.len())]).sum::<f64>() / group.len() as f64
-        };
+        let mut drawn =
+            |group: &[f64]| (0..group.len()).map(|_| group[noise.below(group.len())]).sum::<f64>() / group.len() as f64;
         let mut means: Vec<f64> =
             (0..RESAMPLES).map(|_| over_groups(&mut groups.iter().map(|group| drawn(group)))).collect();
         means.sort_by(f64::total_cmp);
