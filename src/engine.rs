@@ -104,6 +104,7 @@ pub struct Engine {
     tokenizer: Tokenizer,
     chat: ChatTemplate,
     bare: ChatTemplate,
+    device: Device,
     reader: Box<dyn Reader>,
 }
 
@@ -122,8 +123,8 @@ impl Engine {
         let model = Arc::new(Model::open(model_dir)?);
         let tokenizer = Tokenizer::open(&model_dir.join("tokenizer.json"), model.config.vocab_size)?;
         let chat = ChatTemplate::open(model_dir)?;
-        let (_, reader) = device.reader(model.clone())?;
-        Ok(Engine { model, tokenizer, bare: chat.bare(), chat, reader })
+        let (device, reader) = device.reader(model.clone())?;
+        Ok(Engine { model, tokenizer, bare: chat.bare(), chat, device, reader })
     }
 
     /// The model.
@@ -134,6 +135,11 @@ impl Engine {
     /// Its tokenizer.
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer
+    }
+
+    /// Where it runs: never [`Device::Auto`].
+    pub fn device(&self) -> Device {
+        self.device
     }
 
     /// What reads plans and continues prompts: the tier below [`Engine::ask`].
@@ -170,8 +176,15 @@ impl Engine {
         frame: &Frame,
     ) -> Result<Vec<u32>> {
         let sentences = gleaned.kept.iter().map(|kept| &document.text()[spans[kept.sentence as usize].clone()]);
-        let context = sentences.collect::<String>();
-        let context = format!("{}{}", python_strip(&context), frame.closing);
+        self.prompt(&sentences.collect::<String>(), frame)
+    }
+
+    /// A prompt over any `context`, a part of a document chosen in another way than by reading for one.
+    ///
+    /// # Errors
+    /// The tokenizer's.
+    pub fn prompt(&self, context: &str, frame: &Frame) -> Result<Vec<u32>> {
+        let context = format!("{}{}", python_strip(context), frame.closing);
         Ok([&frame.answer_prefix[..], &self.tokenizer.encode(&context)?, &frame.answer_tail].concat())
     }
 
@@ -219,7 +232,7 @@ impl Engine {
         let read = Instant::now();
 
         let prompt = self.answer_prompt(document, &spans, &gleaned, &frame)?;
-        let answer = self.decode_answer(&prompt, &params.sampling, progress)?;
+        let answer = self.answer(&prompt, &params.sampling, &mut |text| progress(Progress::Text(text)))?;
         let answered = Instant::now();
 
         let ms = |from: Instant, to: Instant| (to - from).as_secs_f64() * 1e3;
@@ -254,11 +267,16 @@ impl Engine {
         })
     }
 
-    fn decode_answer(
+    /// Continues a prompt of tokens as text, without white space around it. `on_text` gets each piece as it becomes
+    /// certain; breaking ends the answer there.
+    ///
+    /// # Errors
+    /// Those of [`Reader::answer`] and the tokenizer's.
+    pub fn answer(
         &self,
         prompt: &[u32],
         sampling: &Sampling,
-        progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+        on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
     ) -> Result<String> {
         let mut stream = self.tokenizer.decode_stream();
         let mut failed = None;
@@ -267,7 +285,7 @@ impl Engine {
             Ok(Some(text)) => {
                 let text = if begun { &text } else { text.trim_start() };
                 begun |= !text.is_empty();
-                if text.is_empty() { ControlFlow::Continue(()) } else { progress(Progress::Text(text)) }
+                if text.is_empty() { ControlFlow::Continue(()) } else { on_text(text) }
             }
             Ok(None) => ControlFlow::Continue(()),
             Err(error) => {

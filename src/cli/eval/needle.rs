@@ -1,9 +1,6 @@
 //! Facts to hide, and how well an answer gives them back.
 
 use std::collections::BTreeSet;
-use std::ops::Range;
-
-use gleaner::Evidence;
 
 use super::super::noise::Noise;
 
@@ -125,17 +122,6 @@ pub fn contains_phrase(expected: &str, answer: &str) -> bool {
     plain(answer).contains(&plain(expected))
 }
 
-/// Share of the visible bytes of `document[needle]` that lie in evidence, 0 to 1.
-pub fn evidence_recall(document: &str, needle: &Range<usize>, evidence: &[Evidence]) -> f64 {
-    let visible = document[needle.clone()].char_indices().filter(|(_, c)| !c.is_whitespace());
-    let held = |at: usize| evidence.iter().any(|evidence| (evidence.start..evidence.end).contains(&at));
-    let (found, all) = visible.fold((0, 0), |(found, all), (at, c)| {
-        let bytes = c.len_utf8();
-        (found + if held(needle.start + at) { bytes } else { 0 }, all + bytes)
-    });
-    found as f64 / all as f64
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -148,16 +134,6 @@ mod tests {
         assert!(contains_phrase("eat a  Sandwich", "You should eat a\nsandwich."));
         assert!(!contains_phrase("Clara Whitlock", "Whitlock Clara"));
         assert!(has_words("3,182") && !has_words("?!"));
-    }
-
-    #[test]
-    fn recall_is_the_share_of_the_needle_that_was_kept() {
-        let document = "Hay. Is it so? Yes. Hay.";
-        let evidence = |start, end| Evidence { text: String::new(), start, end, line: 1, score: 0.0, chunk: 0 };
-        let needle = 5..19;
-        assert_eq!(evidence_recall(document, &needle, &[evidence(5, 14), evidence(15, 19)]), 1.0);
-        assert_eq!(evidence_recall(document, &needle, &[evidence(0, 14)]), 7.0 / 11.0);
-        assert_eq!(evidence_recall(document, &needle, &[]), 0.0);
     }
 
     #[test]

@@ -1,0 +1,217 @@
+//! What all benchmarks share: methods side by side on the same cases, in a folder that can be taken up again.
+
+use std::collections::BTreeMap;
+use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
+
+use gleaner::{Device, Engine, Error};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::super::ask::ReadingArgs;
+use super::super::{Failure, ModelArgs};
+use super::case::{BadRow, Case, Row};
+use super::folder::{RunFolder, Start, model_hash};
+use super::method::{Answered, Method, Sweep, Variant};
+
+/// The options of all benchmarks.
+#[derive(clap::Args)]
+pub struct RunArgs {
+    /// Folder of the results; a run that is in it already goes on where it ended
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Ways to answer, side by side
+    #[arg(long, value_name = "METHOD,...", value_delimiter = ',', default_value = "gleaner,last-window")]
+    methods: Vec<Method>,
+    #[command(flatten)]
+    reading: ReadingArgs,
+    /// Values to try for window, topk, phrase or max-retained; all combinations, if given more than once
+    #[arg(long, value_name = "NAME=N,...")]
+    sweep: Vec<Sweep>,
+}
+
+impl RunArgs {
+    /// Checks the settings and opens the model.
+    pub fn open(&self) -> Result<Engine, Failure> {
+        self.variants()?;
+        Ok(Engine::open(self.model.model(), self.model.device)?)
+    }
+
+    fn variants(&self) -> Result<Vec<Variant>, Error> {
+        Variant::all(&self.methods, &self.reading.read_params(), &self.sweep)
+    }
+}
+
+/// A line of cases.jsonl: what one variant made of one case.
+#[derive(Serialize, Deserialize)]
+pub struct Record {
+    pub id: String,
+    pub task: String,
+    #[serde(flatten)]
+    variant: Variant,
+    /// [`Case::hash`]; empty for a row that made no case.
+    case: String,
+    question: String,
+    expected: Vec<String>,
+    pub details: Map<String, Value>,
+    #[serde(flatten)]
+    pub outcome: Outcome,
+}
+
+/// What came of a case.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Outcome {
+    Done {
+        /// A number for each score by name; the first is the main one.
+        scores: Map<String, Value>,
+        #[serde(flatten)]
+        answered: Answered,
+    },
+    Bad {
+        error: String,
+    },
+}
+
+/// Everything that a run found.
+pub struct Results {
+    pub variants: Vec<Variant>,
+    /// In the order of the rows, for each variant in order.
+    pub records: Vec<Record>,
+}
+
+/// Asks all `rows` by all methods, except what the folder has already, and shows the table. `parameters` are the
+/// benchmark's own that shape all cases.
+pub fn run(
+    args: &RunArgs,
+    engine: &Engine,
+    rows: impl ExactSizeIterator<Item = Row>,
+    parameters: Map<String, Value>,
+) -> Result<Results, Failure> {
+    let variants = args.variants()?;
+    let (mut folder, finished) = RunFolder::open(&args.out, shaping(engine, parameters)?, Start::now(engine))?;
+    // Of several lines of a case the last counts.
+    let mut finished: BTreeMap<(String, Variant), Record> =
+        finished.into_iter().map(|record| ((record.id.clone(), record.variant.clone()), record)).collect();
+
+    const PARTS: u64 = 1000;
+    let all = rows.len();
+    let bar = ProgressBar::new(all as u64 * PARTS);
+    let bar = match io::stderr().is_terminal() {
+        false => ProgressBar::hidden(),
+        true => bar.with_style(
+            ProgressStyle::with_template("{msg} {wide_bar} {percent}%, {eta} left").expect("a valid template"),
+        ),
+    };
+    let mut records = Vec::new();
+    for (index, row) in rows.enumerate() {
+        bar.set_message(format!("case {} of {all}", index + 1));
+        for (at, variant) in variants.iter().enumerate() {
+            let known = finished.remove(&(id(&row).to_owned(), variant.clone()));
+            let record = match (&row, known) {
+                (Ok(case), Some(known)) if known.case == case.hash() && matches!(known.outcome, Outcome::Done { .. }) => {
+                    known
+                }
+                (row, known) => {
+                    let progress = &mut |share: f64| {
+                        let share = (at as f64 + share) / variants.len() as f64;
+                        bar.set_position(((index as f64 + share) * PARTS as f64) as u64);
+                    };
+                    let record = record(engine, row, variant, progress)?;
+                    // A row that is as bad as it was needs no new line.
+                    if known.is_none_or(|known| !known.is_as_bad_as(&record)) {
+                        folder.append(&record)?;
+                    }
+                    record
+                }
+            };
+            records.push(record);
+        }
+    }
+    bar.finish_and_clear();
+    let results = Results { variants, records };
+    writeln!(io::stdout().lock(), "the results are in {}", folder.path().display())?;
+    Ok(results)
+}
+
+fn id(row: &Row) -> &str {
+    match row {
+        Ok(case) => &case.id,
+        Err(bad) => &bad.id,
+    }
+}
+
+impl Record {
+    fn is_as_bad_as(&self, other: &Record) -> bool {
+        match (&self.outcome, &other.outcome) {
+            (Outcome::Bad { error }, Outcome::Bad { error: other_error }) => {
+                self.case == other.case && error == other_error
+            }
+            _ => false,
+        }
+    }
+}
+
+/// What the benchmark's parameters do not say of what shapes all results. How fast a machine is, and where on it the
+/// files lie, does not.
+fn shaping(engine: &Engine, parameters: Map<String, Value>) -> Result<Map<String, Value>, Error> {
+    let device = if engine.device() == Device::Cpu { "cpu" } else { "cuda" };
+    let mut all = parameters;
+    all.insert("version".into(), json!(env!("CARGO_PKG_VERSION")));
+    all.insert("model_sha256".into(), json!(model_hash(&engine.model().path)?));
+    all.insert("device".into(), json!(device));
+    Ok(all)
+}
+
+/// Asks a row by a variant. What is wrong with the row alone becomes its outcome; other errors end the run.
+fn record(engine: &Engine, row: &Row, variant: &Variant, progress: &mut dyn FnMut(f64)) -> Result<Record, Error> {
+    let case = match row {
+        Ok(case) => case,
+        Err(BadRow { id, task, error }) => {
+            return Ok(Record {
+                id: id.clone(),
+                task: task.clone(),
+                variant: variant.clone(),
+                case: String::new(),
+                question: String::new(),
+                expected: Vec::new(),
+                details: Map::new(),
+                outcome: Outcome::Bad { error: error.clone() },
+            });
+        }
+    };
+    let outcome = match variant.ask(engine, case, progress) {
+        Ok(answered) => {
+            let scores = case.scores.iter().map(|score| (score.name.into(), (score.of)(case, &answered.answer).into()));
+            Outcome::Done { scores: scores.collect(), answered }
+        }
+        Err(error) if of_the_row(&error) => Outcome::Bad { error: error.to_string() },
+        Err(error) => return Err(error),
+    };
+    Ok(Record {
+        id: case.id.clone(),
+        task: case.task.clone(),
+        variant: variant.clone(),
+        case: case.hash(),
+        question: case.question.clone(),
+        expected: case.answers.clone(),
+        details: case.details.clone(),
+        outcome,
+    })
+}
+
+/// Whether an error may be that of one row, so that the next may go well.
+fn of_the_row(error: &Error) -> bool {
+    matches!(
+        error,
+        Error::EmptyDocument { .. }
+            | Error::EmptyQuestion
+            | Error::QuestionTooLong { .. }
+            | Error::Template { .. }
+            | Error::Plan(_)
+            | Error::NotFinite { .. }
+    )
+}
