@@ -4,11 +4,13 @@ mod case;
 mod chart;
 mod folder;
 mod haystack;
+mod longbench;
 mod method;
 mod needle;
 mod nih;
 mod qa;
 mod recall;
+mod rows;
 mod run;
 
 use std::io;
@@ -26,6 +28,8 @@ pub struct EvalArgs {
 
 #[derive(clap::Subcommand)]
 enum EvalCommand {
+    /// Ask the questions of LongBench, v1 or v2, from its files
+    Longbench(longbench::LongBenchArgs),
     /// Hide a fact in a long text and ask for it: needle in a haystack
     Nih(nih::NihArgs),
     /// Ask questions of your own from a file
@@ -34,6 +38,7 @@ enum EvalCommand {
 
 pub fn run(args: EvalArgs) -> Result<(), Failure> {
     match args.command {
+        EvalCommand::Longbench(args) => longbench::run(args),
         EvalCommand::Nih(args) => nih::run(args),
         EvalCommand::Qa(args) => qa::run(args),
     }

@@ -51,7 +51,7 @@ pub struct Record {
     pub id: String,
     pub task: String,
     #[serde(flatten)]
-    variant: Variant,
+    pub variant: Variant,
     /// [`Case::hash`]; empty for a row that made no case.
     case: String,
     question: String,
@@ -112,7 +112,9 @@ pub fn run(
         for (at, variant) in variants.iter().enumerate() {
             let known = finished.remove(&(id(&row).to_owned(), variant.clone()));
             let record = match (&row, known) {
-                (Ok(case), Some(known)) if known.case == case.hash() && matches!(known.outcome, Outcome::Done { .. }) => {
+                (Ok(case), Some(known))
+                    if known.case == case.hash() && matches!(known.outcome, Outcome::Done { .. }) =>
+                {
                     known
                 }
                 (row, known) => {
