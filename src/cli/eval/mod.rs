@@ -11,6 +11,7 @@ mod nih;
 mod qa;
 mod recall;
 mod rows;
+mod ruler;
 mod run;
 
 use std::io;
@@ -34,6 +35,8 @@ enum EvalCommand {
     Nih(nih::NihArgs),
     /// Ask questions of your own from a file
     Qa(qa::QaArgs),
+    /// Ask for needles and chains of RULER, made here at any length or read from its files
+    Ruler(ruler::RulerArgs),
 }
 
 pub fn run(args: EvalArgs) -> Result<(), Failure> {
@@ -41,6 +44,7 @@ pub fn run(args: EvalArgs) -> Result<(), Failure> {
         EvalCommand::Longbench(args) => longbench::run(args),
         EvalCommand::Nih(args) => nih::run(args),
         EvalCommand::Qa(args) => qa::run(args),
+        EvalCommand::Ruler(args) => ruler::run(args),
     }
 }
 

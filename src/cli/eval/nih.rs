@@ -117,7 +117,7 @@ pub fn run(args: NihArgs) -> Result<(), Failure> {
             }
             let needle = given.clone().unwrap_or_else(|| Needle::draw(&mut noise, haystack.text()));
             let tokens = count(&format!(" {}", needle.text))?;
-            let placement = haystack.place(length.saturating_sub(tokens), depth, &mut noise).map_err(|sentence| {
+            let placement = haystack.place(length.saturating_sub(tokens), &[depth], &mut noise).map_err(|sentence| {
                 Failure::Mistake(format!(
                     "a length of {length} tokens is too small: the needle takes {tokens} and the sentence of the haystack beside it {sentence}; raise --lengths"
                 ))
@@ -141,7 +141,7 @@ pub fn run(args: NihArgs) -> Result<(), Failure> {
 
 fn case(haystack: &Haystack, cell: Cell, max_new_tokens: usize) -> Case {
     let Cell { length, depth, needle, placement } = cell;
-    let (document, span) = haystack.hide(&placement, &needle.text);
+    let (document, evidence) = haystack.hide(&placement, &[&needle.text]);
     let details = [("length", json!(length)), ("depth", json!(depth)), ("needle", json!(needle.text))];
     Case {
         id: format!("{length}-{depth}"),
@@ -152,7 +152,7 @@ fn case(haystack: &Haystack, cell: Cell, max_new_tokens: usize) -> Case {
         chat: true,
         answers: vec![needle.answer],
         all_classes: Vec::new(),
-        evidence: vec![span],
+        evidence,
         max_new_tokens,
         scores: &SCORES,
         details: details.into_iter().map(|(name, value)| (name.into(), value)).collect(),
