@@ -85,16 +85,6 @@ impl PromptTemplate {
         PromptTemplate { opening: opening.into(), ..self }
     }
 
-    /// The text it was made from, and the opening of the answer.
-    pub fn text(&self) -> String {
-        let text_of = |part: &Part| match part {
-            Part::Literal(text) => text.clone(),
-            Part::Context => "{context}".into(),
-            Part::Question => "{question}".into(),
-        };
-        self.parts.iter().map(text_of).chain([self.opening.clone()]).collect()
-    }
-
     fn error(&self, message: impl Into<String>) -> Error {
         Error::Template { origin: self.origin.clone(), message: message.into() }
     }
@@ -291,6 +281,5 @@ mod tests {
         let template = PromptTemplate::new("mine.txt", "{\"json\": {}} {context} {question}").unwrap();
         assert_eq!(template.parts[0], Part::Literal("{\"json\": {}} ".into()));
         assert_eq!(template.parts.len(), 4);
-        assert_eq!(template.text(), "{\"json\": {}} {context} {question}");
     }
 }

@@ -66,7 +66,7 @@ impl Case {
             add(&list.len().to_string());
             list.iter().for_each(|text| add(text));
         }
-        add(&self.template.as_ref().map_or_else(String::new, PromptTemplate::text));
+        add(&self.template.as_ref().map_or_else(String::new, |template| format!("{template:?}")));
         add(&format!("{} {} {:?}", self.chat, self.max_new_tokens, self.evidence));
         hex(&hash.finalize()[..8])
     }

@@ -13,6 +13,8 @@ mod recall;
 mod rows;
 mod ruler;
 mod run;
+mod stats;
+mod table;
 
 use std::io;
 use std::path::Path;

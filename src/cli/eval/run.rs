@@ -12,8 +12,10 @@ use serde_json::{Map, Value, json};
 use super::super::ask::ReadingArgs;
 use super::super::{Failure, ModelArgs};
 use super::case::{BadRow, Case, Row};
+use super::chart;
 use super::folder::{RunFolder, Start, model_hash};
 use super::method::{Answered, Method, Sweep, Variant};
+use super::table::Table;
 
 /// The options of all benchmarks.
 #[derive(clap::Args)]
@@ -78,6 +80,7 @@ pub enum Outcome {
 
 /// Everything that a run found.
 pub struct Results {
+    folder: RunFolder,
     pub variants: Vec<Variant>,
     /// In the order of the rows, for each variant in order.
     pub records: Vec<Record>,
@@ -134,9 +137,43 @@ pub fn run(
         }
     }
     bar.finish_and_clear();
-    let results = Results { variants, records };
-    writeln!(io::stdout().lock(), "the results are in {}", folder.path().display())?;
+    let results = Results { folder, variants, records };
+    results.show()?;
     Ok(results)
+}
+
+impl Results {
+    /// Writes the tables and charts, and shows the table.
+    fn show(&self) -> Result<(), Failure> {
+        let done: Vec<&Answered> = self.records.iter().filter_map(Record::answered).collect();
+        if let (None, Some(Record { outcome: Outcome::Bad { error }, .. })) = (done.first(), self.records.first()) {
+            return Err(Failure::Mistake(format!("not one case could be asked; the first: {error}")));
+        }
+        let warned: Vec<&String> = done.iter().filter_map(|answered| answered.warnings.first()).collect();
+        if let Some(first) = warned.first() {
+            eprintln!("warning: {} of {} answers have warnings, the first: {first}", warned.len(), done.len());
+        }
+        let table = Table::new(self);
+        self.folder.write("table.csv", table.csv())?;
+        self.write_chart("scores", &table.scores_chart())?;
+        if let Some(chart) = table.recall_chart() {
+            self.write_chart("recall", &chart)?;
+        }
+        let mut out = io::stdout().lock();
+        out.write_all(table.text().as_bytes())?;
+        writeln!(out, "Cases, table and charts are in {}", self.folder.path().display())?;
+        Ok(())
+    }
+
+    /// Writes a chart as SVG and as PNG.
+    pub fn write_chart(&self, name: &str, svg: &str) -> Result<(), Failure> {
+        self.folder.write(&format!("{name}.svg"), svg)?;
+        match chart::png(svg) {
+            Ok(png) => self.folder.write(&format!("{name}.png"), png)?,
+            Err(error) => eprintln!("warning: {name}.png was not written: {error}; {name}.svg is there"),
+        }
+        Ok(())
+    }
 }
 
 fn id(row: &Row) -> &str {
@@ -147,6 +184,33 @@ fn id(row: &Row) -> &str {
 }
 
 impl Record {
+    /// What was answered, unless the row is bad.
+    pub fn answered(&self) -> Option<&Answered> {
+        match &self.outcome {
+            Outcome::Done { answered, .. } => Some(answered),
+            Outcome::Bad { .. } => None,
+        }
+    }
+
+    pub fn score_names(&self) -> impl Iterator<Item = &String> {
+        self.scores().into_iter().flat_map(Map::keys)
+    }
+
+    pub fn score(&self, name: &str) -> Option<f64> {
+        self.scores()?.get(name)?.as_f64()
+    }
+
+    pub fn main_score(&self) -> Option<f64> {
+        self.scores()?.values().next()?.as_f64()
+    }
+
+    fn scores(&self) -> Option<&Map<String, Value>> {
+        match &self.outcome {
+            Outcome::Done { scores, .. } => Some(scores),
+            Outcome::Bad { .. } => None,
+        }
+    }
+
     fn is_as_bad_as(&self, other: &Record) -> bool {
         match (&self.outcome, &other.outcome) {
             (Outcome::Bad { error }, Outcome::Bad { error: other_error }) => {

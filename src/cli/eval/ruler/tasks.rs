@@ -277,3 +277,92 @@ impl Maker<'_> {
 fn depth(index: usize) -> usize {
     (200 * index + 39) / 78
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+    use std::path::Path;
+
+    use gleaner::Device;
+    use gleaner::text::{python_strip, split_sentences};
+
+    use super::*;
+
+    fn check(maker: &Maker, task: &Task, length: usize) {
+        let case = maker.case(task, length, 0).unwrap_or_else(|_| panic!("{} fits {length}", task.name));
+        let name = &case.id;
+        let text = case.document.as_str();
+
+        let params = AskParams { template: case.template.clone().unwrap(), ..AskParams::default() };
+        let around = maker.engine.frame(&case.question, &params).unwrap().len() + case.max_new_tokens;
+        let tokens = around + maker.count(text).unwrap();
+        assert!(tokens <= length && tokens + 100 > length, "{name} takes {tokens} tokens");
+
+        let gold: Vec<&str> = case.evidence.iter().map(|span| &text[span.clone()]).collect();
+        assert_eq!(gold.len(), case.answers.len(), "{name}");
+        if task.name == "vt" {
+            let links = gold.windows(2).map(|pair| pair[1].rsplit(' ').next() == pair[0].split(' ').nth(1));
+            assert!(links.clone().count() == HOPS && links.clone().all(|linked| linked), "{gold:?}");
+            assert!(gold.iter().zip(&case.answers).all(|(line, name)| line.starts_with(&format!("VAR {name} = "))));
+            let number = gold[0].rsplit(' ').next().unwrap();
+            assert!(case.question.contains(&format!(" {number} ")), "{name}");
+            return;
+        }
+        for answer in &case.answers {
+            assert_eq!(text.matches(answer).count(), 1, "{name}");
+            assert!(gold.iter().any(|needle| needle.ends_with(&format!(" is: {answer}."))), "{name}");
+        }
+        let key = |needle: &str| needle.split(" for ").nth(1).unwrap().split(" is: ").next().unwrap().to_owned();
+        assert!(gold.iter().all(|needle| case.question.contains(&key(needle))), "{name}");
+
+        let sentences = split_sentences(text, 10).into_iter().map(|span| python_strip(&text[span]));
+        let needles: Vec<&str> =
+            sentences.filter(|sentence| sentence.starts_with("One of the special magic")).collect();
+        assert!(gold.iter().all(|needle| needles.contains(needle)), "{name}: each is a sentence of its own");
+        let keys: HashSet<String> = needles.iter().map(|needle| key(needle)).collect();
+        let expected = match task.name {
+            "niah_multivalue" => (4, 1),
+            "niah_multikey_1" | "niah_multiquery" => (4, 4),
+            "niah_multikey_2" | "niah_multikey_3" => {
+                assert_eq!(text.lines().count(), needles.len(), "{name}: nothing but needles");
+                (needles.len(), needles.len())
+            }
+            _ => (1, 1),
+        };
+        assert_eq!((needles.len(), keys.len()), expected, "{name}: needles and keys");
+    }
+
+    #[test]
+    fn cases_hold_what_they_ask_for_and_fill_their_length() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let engine = Engine::open(root.join("models/gleaner-demo-16m"), Device::Cpu).unwrap();
+        let text = std::fs::read_to_string(root.join("examples/almanac.txt")).unwrap();
+        let words: String = text.split_whitespace().flat_map(|word| [word, " "]).collect();
+        let haystack = Haystack::new(words, |text| Ok(engine.tokenizer().encode(text)?.len())).unwrap();
+        let maker = Maker { engine: &engine, haystack: Some(&haystack), seed: 7 };
+        for task in &TASKS {
+            [1500, 6000].iter().for_each(|&length| check(&maker, task, length));
+            let made = |seed, sample| {
+                let case = Maker { seed, ..maker }.case(task, 2000, sample).ok().expect("it fits");
+                (case.document, case.question, case.answers)
+            };
+            assert_eq!(made(7, 1), made(7, 1), "{}", task.name);
+            assert!(made(7, 1) != made(8, 1) && made(7, 1) != made(7, 2), "{}", task.name);
+        }
+    }
+
+    #[test]
+    fn the_worked_example_of_a_chain_stands_before_the_text() {
+        let puzzle = Puzzle::new(Kind::Chain, &mut Draws::new(1, &[]));
+        let (example, rest) = puzzle.template.split_once("\n\nMemorize").unwrap();
+        assert_eq!(rest.matches("VAR").count(), 0);
+        assert!(rest.ends_with("in the following text.\n\n{context}\n{question}"), "{rest}");
+        let shown: Vec<&str> = example.rsplit(' ').take(HOPS + 1).collect();
+        assert!(shown.iter().all(|name| name.len() == 3 && example.contains(&format!("VAR {name} = "))), "{example}");
+    }
+
+    #[test]
+    fn depths_are_those_of_forty_steps() {
+        assert_eq!([0, 1, 2, 20, 38, 39].map(depth), [0, 3, 5, 51, 97, 100]);
+    }
+}

@@ -1,7 +1,8 @@
-//! Heat maps as SVG: one hue from light to dark, with the number in each cell, so that print and the colour-blind lose
-//! nothing.
+//! Heat maps: one hue from light to dark, with the number in each cell.
 
 use std::fmt::Write;
+
+use super::{begin, text};
 
 /// A table of shares.
 pub struct Heatmap {
@@ -33,11 +34,7 @@ pub fn svg(title: &str, maps: &[Heatmap]) -> String {
     // Titles need room where the columns are few.
     let width = (MARGIN.0 + CELL.0 * columns + 20).max(420);
     let total: usize = maps.iter().map(height).sum::<usize>() + 30;
-    let mut out = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{total}\" viewBox=\"0 0 {width} {total}\" \
-         font-family=\"sans-serif\" font-size=\"12\">\n<rect width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>\n"
-    );
-    text(&mut out, (12, 22), "start", "font-size=\"14\" font-weight=\"bold\"", title);
+    let mut out = begin(width, total, title);
     let mut top = 30;
     for map in maps {
         draw(&mut out, map, top);
@@ -72,11 +69,6 @@ fn draw(out: &mut String, map: &Heatmap, top: usize) {
         text(out, (left + column * CELL.0 + CELL.0 / 2, bottom + 18), "middle", "", label);
     }
     text(out, (left, bottom + 38), "start", "fill=\"#555555\"", &map.columns.0);
-}
-
-fn text(out: &mut String, (x, y): (usize, usize), anchor: &str, style: &str, content: &str) {
-    let content = content.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
-    let _ = writeln!(out, "<text x=\"{x}\" y=\"{y}\" text-anchor=\"{anchor}\" {style}>{content}</text>");
 }
 
 /// The ramp at `value`.
