@@ -27,7 +27,7 @@ pub fn read(
     let mut rows = Vec::new();
     for path in paths {
         let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-        let mut row = |(place, value): (String, Result<Value, String>)| {
+        let mut row = |(place, value): Placed| {
             let id = format!("{stem}, {place}");
             let case = value.and_then(|value| case(&stem, id.clone(), value));
             let case = case.and_then(|case| match ids.insert(case.id.clone()) {
@@ -63,8 +63,10 @@ pub fn read(
     Ok(rows)
 }
 
-/// The objects of a file, each with its place in it.
-fn values(path: &Path) -> Result<Vec<(String, Result<Value, String>)>, Failure> {
+/// A place in a file and the object there, or why there is none.
+type Placed = (String, Result<Value, String>);
+
+fn values(path: &Path) -> Result<Vec<Placed>, Failure> {
     let name = path.display();
     let bytes = fs::read(path).map_err(file_error("read", path))?;
     let text = String::from_utf8(bytes)

@@ -174,8 +174,11 @@ impl Chain {
     }
 }
 
-/// The lines of a text with each of `needles` as a line of its own before a drawn one, in order; and the needles' bytes.
-fn among(draws: &mut Draws, lines: &[String], needles: &[String]) -> (String, Vec<Range<usize>>) {
+/// A document and the bytes of the needles in it.
+type Hidden = (String, Vec<Range<usize>>);
+
+/// The lines of a text with each of `needles` as a line of its own before a drawn one, in order.
+fn among(draws: &mut Draws, lines: &[String], needles: &[String]) -> Hidden {
     let places = draws.sample(needles.len(), lines.len());
     let mut waiting = needles.iter().zip(places).peekable();
     let (mut text, mut spans) = (String::new(), Vec::new());
@@ -239,14 +242,8 @@ impl Maker<'_> {
         Ok(self.engine.tokenizer().encode(text)?.len())
     }
 
-    /// A document of at most `room` tokens besides the needles, and the needles' bytes; `None` where it is too small.
-    fn hide(
-        &self,
-        task: &Task,
-        needles: &[String],
-        room: usize,
-        draws: &mut Draws,
-    ) -> Result<Option<(String, Vec<Range<usize>>)>, Error> {
+    /// A document of at most `room` tokens besides the needles; `None` where it is too small.
+    fn hide(&self, task: &Task, needles: &[String], room: usize, draws: &mut Draws) -> Result<Option<Hidden>, Error> {
         let mut lines = Vec::new();
         match (task.hay, task.kind) {
             (Hay::Text, _) => {
