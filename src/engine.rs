@@ -57,7 +57,7 @@ impl FromStr for Device {
 }
 
 /// Everything that shapes an answer besides the document and the question.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct AskParams {
     /// How the document is read.
     pub read: ReadParams,
@@ -65,6 +65,19 @@ pub struct AskParams {
     pub sampling: Sampling,
     /// The prompt around context and question.
     pub template: PromptTemplate,
+    /// Whether the prompt is the user's message in the model's chat template, else it stands bare: a text to go on with.
+    pub chat: bool,
+}
+
+impl Default for AskParams {
+    fn default() -> Self {
+        AskParams {
+            read: ReadParams::default(),
+            sampling: Sampling::default(),
+            template: PromptTemplate::default(),
+            chat: true,
+        }
+    }
 }
 
 /// What happens during an ask, in this order.
@@ -90,6 +103,7 @@ pub struct Engine {
     model: Arc<Model>,
     tokenizer: Tokenizer,
     chat: ChatTemplate,
+    bare: ChatTemplate,
     device: Device,
     reader: Box<dyn Reader>,
 }
@@ -110,7 +124,7 @@ impl Engine {
         let tokenizer = Tokenizer::open(&model_dir.join("tokenizer.json"), model.config.vocab_size)?;
         let chat = ChatTemplate::open(model_dir)?;
         let (device, reader) = device.reader(model.clone())?;
-        Ok(Engine { model, tokenizer, chat, device, reader })
+        Ok(Engine { model, tokenizer, bare: chat.bare(), chat, device, reader })
     }
 
     /// The model.
@@ -138,7 +152,8 @@ impl Engine {
     /// # Errors
     /// [`Error::EmptyQuestion`], [`Error::Template`].
     pub fn frame(&self, question: &str, params: &AskParams) -> Result<Frame> {
-        Frame::new(&params.template, &self.chat, &self.tokenizer, question, params.read.short_tail)
+        let chat = if params.chat { &self.chat } else { &self.bare };
+        Frame::new(&params.template, chat, &self.tokenizer, question, params.read.short_tail)
     }
 
     /// The reading plan of a document and a frame, with the byte span of each sentence.

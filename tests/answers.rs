@@ -78,6 +78,22 @@ fn a_needle_is_found_at_every_depth() {
     }
 }
 
+#[test]
+fn the_chat_template_can_be_left_out() {
+    let document =
+        Document::new("note", "The harbour master of Fenwick is Ada Lorne. The tide is high at noon.").unwrap();
+    let [with, without] = [true, false].map(|chat| {
+        let params = AskParams { chat, ..AskParams::default() };
+        let frame = engine().frame("Who is the harbour master of Fenwick?", &params).unwrap();
+        let marks =
+            frame.tail.iter().filter(|&&token| Some(token) == engine().tokenizer().token_id("<|im_end|>")).count();
+        engine().ask(&document, "Who is the harbour master of Fenwick?", &params).unwrap();
+        (frame.len(), marks)
+    });
+    assert_eq!((with.1, without.1), (1, 0));
+    assert!(without.0 < with.0);
+}
+
 /// Sentences that stand in both sets, as a share of the larger.
 fn share_in_common(a: &BTreeSet<&str>, b: &BTreeSet<&str>) -> f64 {
     a.intersection(b).count() as f64 / a.len().max(b.len()) as f64

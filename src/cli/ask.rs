@@ -99,6 +99,7 @@ pub fn run(args: AskArgs) -> Result<(), Failure> {
             seed: args.seed,
         },
         template: args.template.as_deref().map(open_template).transpose()?.unwrap_or_default(),
+        ..AskParams::default()
     };
     params.read.validate()?;
     params.sampling.validate()?;

@@ -130,6 +130,7 @@ impl Variant {
             read: self.read_params(),
             sampling: Sampling { max_new_tokens: case.max_new_tokens, ..Sampling::default() },
             template: case.template.clone().unwrap_or_default(),
+            chat: case.chat,
         };
         params.sampling.validate()?;
         let document = Document::new(&case.id, case.document.as_str())?;

@@ -4,11 +4,14 @@ mod case;
 mod chart;
 mod folder;
 mod haystack;
+mod longbench;
 mod method;
 mod needle;
 mod nih;
 mod qa;
 mod recall;
+mod rows;
+mod ruler;
 mod run;
 mod stats;
 mod table;
@@ -28,16 +31,22 @@ pub struct EvalArgs {
 
 #[derive(clap::Subcommand)]
 enum EvalCommand {
+    /// Ask the questions of LongBench, v1 or v2, from its files
+    Longbench(longbench::LongBenchArgs),
     /// Hide a fact in a long text and ask for it: needle in a haystack
     Nih(nih::NihArgs),
     /// Ask questions of your own from a file
     Qa(qa::QaArgs),
+    /// Ask for needles and chains of RULER, made here at any length or read from its files
+    Ruler(ruler::RulerArgs),
 }
 
 pub fn run(args: EvalArgs) -> Result<(), Failure> {
     match args.command {
+        EvalCommand::Longbench(args) => longbench::run(args),
         EvalCommand::Nih(args) => nih::run(args),
         EvalCommand::Qa(args) => qa::run(args),
+        EvalCommand::Ruler(args) => ruler::run(args),
     }
 }
 
