@@ -67,6 +67,7 @@ impl GoldBytes {
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init, reason = "a list of one span is meant")]
 mod tests {
     use super::*;
     use gleaner::reader::Kept;

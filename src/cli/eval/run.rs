@@ -119,7 +119,8 @@ pub fn run(
                 && record.case == case.hash()
                 && record.answered().is_some()
             {
-                records.extend(known);
+                // The hash does not tell under what heading it is shown.
+                records.extend(known.map(|record| Record { task: case.task.clone(), ..record }));
                 continue;
             }
             let advance = &mut |share: f64| progress.advance(index, (at as f64 + share) / variants.len() as f64);
@@ -204,7 +205,8 @@ impl RunProgress {
 
     fn done(&mut self, index: usize) {
         self.advance(index, 1.0);
-        if !io::stderr().is_terminal() && self.last_line.elapsed() > Duration::from_secs(60) {
+        let more = index + 1 < self.rows && !io::stderr().is_terminal();
+        if more && self.last_line.elapsed() > Duration::from_secs(60) {
             eprintln!("{} of {} cases are done, about {} left", index + 1, self.rows, HumanDuration(self.bar.eta()));
             self.last_line = Instant::now();
         }
