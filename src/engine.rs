@@ -63,7 +63,7 @@ impl FromStr for Device {
 }
 
 /// Everything that shapes an answer besides the document and the question.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct AskParams {
     /// How the document is read.
     pub read: ReadParams,
@@ -74,6 +74,20 @@ pub struct AskParams {
     /// Whether to fill [`Answer::timings`], for which the document is read, and the prompt answered, a second time; it
     /// shapes nothing.
     pub timings: bool,
+    /// Whether the prompt is the user's message in the model's chat template, else it stands bare: a text to go on with.
+    pub chat: bool,
+}
+
+impl Default for AskParams {
+    fn default() -> Self {
+        AskParams {
+            read: ReadParams::default(),
+            sampling: Sampling::default(),
+            template: PromptTemplate::default(),
+            timings: false,
+            chat: true,
+        }
+    }
 }
 
 /// What happens during an ask, in this order.
@@ -99,8 +113,9 @@ pub struct Engine {
     model: Arc<Model>,
     tokenizer: Tokenizer,
     chat: ChatTemplate,
-    reader: Box<dyn Reader>,
+    bare: ChatTemplate,
     device: Device,
+    reader: Box<dyn Reader>,
     /// What opening took.
     opening: [StageTime; 2],
 }
@@ -129,7 +144,7 @@ impl Engine {
         let _upload = range!("upload");
         let (device, reader) = device.reader(model.clone())?;
         let opening = [stage(Stage::Open, begun, opened), stage(Stage::Upload, opened, Instant::now())];
-        Ok(Engine { model, tokenizer, chat, reader, device, opening })
+        Ok(Engine { model, tokenizer, bare: chat.bare(), chat, device, reader, opening })
     }
 
     /// As [`Reader::set_graphs`].
@@ -147,6 +162,11 @@ impl Engine {
         &self.tokenizer
     }
 
+    /// Where it runs: never [`Device::Auto`].
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
     /// What reads plans and continues prompts: the tier below [`Engine::ask`].
     pub fn reader(&self) -> &dyn Reader {
         self.reader.as_ref()
@@ -157,7 +177,8 @@ impl Engine {
     /// # Errors
     /// [`Error::EmptyQuestion`], [`Error::Template`].
     pub fn frame(&self, question: &str, params: &AskParams) -> Result<Frame> {
-        Frame::new(&params.template, &self.chat, &self.tokenizer, question, params.read.short_tail)
+        let chat = if params.chat { &self.chat } else { &self.bare };
+        Frame::new(&params.template, chat, &self.tokenizer, question, params.read.short_tail)
     }
 
     /// The reading plan of a document and a frame, with the byte span of each sentence.
@@ -180,8 +201,15 @@ impl Engine {
         frame: &Frame,
     ) -> Result<Vec<u32>> {
         let sentences = gleaned.kept.iter().map(|kept| &document.text()[spans[kept.sentence as usize].clone()]);
-        let context = sentences.collect::<String>();
-        let context = format!("{}{}", python_strip(&context), frame.closing);
+        self.prompt(&sentences.collect::<String>(), frame)
+    }
+
+    /// A prompt over any `context`, a part of a document chosen in another way than by reading for one.
+    ///
+    /// # Errors
+    /// The tokenizer's.
+    pub fn prompt(&self, context: &str, frame: &Frame) -> Result<Vec<u32>> {
+        let context = format!("{}{}", python_strip(context), frame.closing);
         Ok([&frame.answer_prefix[..], &self.tokenizer.encode(&context)?, &frame.answer_tail].concat())
     }
 
@@ -235,7 +263,8 @@ impl Engine {
 
         let answering = range!("answer");
         let prompt = self.answer_prompt(document, &spans, &gleaned, &frame)?;
-        let Decoded { answer, tokens, first } = self.decode_answer(&prompt, &params.sampling, progress)?;
+        let Decoded { answer, tokens, first } =
+            self.decode_answer(&prompt, &params.sampling, &mut |text| progress(Progress::Text(text)))?;
         drop(answering);
         let answered = Instant::now();
 
@@ -296,11 +325,25 @@ impl Engine {
         })
     }
 
+    /// Continues a prompt of tokens as text, without white space around it. `on_text` gets each piece as it becomes
+    /// certain; breaking ends the answer there.
+    ///
+    /// # Errors
+    /// Those of [`Reader::answer`] and the tokenizer's.
+    pub fn answer(
+        &self,
+        prompt: &[u32],
+        sampling: &Sampling,
+        on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<String> {
+        Ok(self.decode_answer(prompt, sampling, on_text)?.answer)
+    }
+
     fn decode_answer(
         &self,
         prompt: &[u32],
         sampling: &Sampling,
-        progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+        on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Decoded> {
         let mut stream = self.tokenizer.decode_stream();
         let mut failed = None;
@@ -312,7 +355,7 @@ impl Engine {
                 Ok(Some(text)) => {
                     let text = if begun { &text } else { text.trim_start() };
                     begun |= !text.is_empty();
-                    if text.is_empty() { ControlFlow::Continue(()) } else { progress(Progress::Text(text)) }
+                    if text.is_empty() { ControlFlow::Continue(()) } else { on_text(text) }
                 }
                 Ok(None) => ControlFlow::Continue(()),
                 Err(error) => {

@@ -108,6 +108,31 @@ fn templates_may_put_the_question_on_either_side() {
     assert!(matches!(&error, Error::Template { origin, .. } if origin == "mine.txt"), "{error}");
 }
 
+/// What a text to be gone on with needs: nothing around it but what the template says, white space included.
+#[test]
+fn without_the_chat_template_the_prompt_is_the_template_alone() {
+    let template = PromptTemplate::new("mine.txt", "Code:\n{context}\n{question}\nNext line:\n").unwrap();
+    let bare = ChatTemplate::open(&demo_dir()).unwrap().bare();
+    let frame = Frame::new(&template, &bare, &TOKENIZER, "x = 1", 8).unwrap();
+    let decode = |tokens: &[u32]| TOKENIZER.decode(tokens).unwrap();
+    assert_eq!(decode(&frame.prefix), "Code:\n");
+    assert_eq!(frame.closing + &decode(&frame.tail), "\nx = 1\nNext line:\n");
+    assert_eq!(decode(&frame.answer_tail), "x = 1\nNext line:\n");
+    assert!(frame.tail.iter().all(|id| !SPECIAL.contains(id)));
+    assert_eq!(frame.question_start, 0);
+}
+
+#[test]
+fn an_opening_is_the_beginning_of_the_answer() {
+    let template = PromptTemplate::default().with_opening(" The name is");
+    let (plain, opened) = (frame_with(&PromptTemplate::default(), "Who?"), frame_with(&template, "Who?").unwrap());
+    let plain = plain.unwrap();
+    let decode = |tokens: &[u32]| TOKENIZER.decode(tokens).unwrap();
+    assert_eq!(decode(&opened.answer_tail), decode(&plain.answer_tail) + " The name is");
+    assert_eq!(decode(&opened.tail), decode(&plain.tail) + " The name is");
+    assert_eq!((opened.question_start, &opened.prefix), (plain.question_start, &plain.prefix));
+}
+
 #[test]
 fn a_sentence_never_exceeds_the_window() {
     let document = Document::new("test", "word ".repeat(2000)).unwrap();

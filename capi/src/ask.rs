@@ -143,7 +143,7 @@ impl AskOptions {
                 Some(text) => PromptTemplate::new("prompt_template", text)?,
                 None => PromptTemplate::default(),
             },
-            timings: false,
+            ..AskParams::default()
         })
     }
 

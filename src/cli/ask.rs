@@ -18,7 +18,7 @@ use super::{Failure, ModelArgs};
 /// Evidence that is shown to a person who did not say how much.
 const EVIDENCE: usize = 3;
 
-/// How a document is read and how long the answer may be.
+/// How a document is read.
 #[derive(clap::Args)]
 pub struct ReadingArgs {
     /// Most tokens of a chunk
@@ -33,9 +33,6 @@ pub struct ReadingArgs {
     /// Most tokens that stay after a step [default: twice the window]
     #[arg(long, value_name = "TOKENS")]
     max_retained: Option<usize>,
-    /// Most tokens of the answer
-    #[arg(long, value_name = "TOKENS", default_value_t = Sampling::default().max_new_tokens)]
-    pub max_new_tokens: usize,
 }
 
 impl ReadingArgs {
@@ -61,6 +58,9 @@ pub struct AskArgs {
     model: ModelArgs,
     #[command(flatten)]
     reading: ReadingArgs,
+    /// Most tokens of the answer
+    #[arg(long, value_name = "TOKENS", default_value_t = Sampling::default().max_new_tokens)]
+    max_new_tokens: usize,
     /// 0 takes the likeliest token each time
     #[arg(long, default_value_t = Sampling::default().temperature)]
     temperature: f32,
@@ -102,13 +102,14 @@ pub fn run(args: AskArgs) -> Result<(), Failure> {
     let params = AskParams {
         read: args.reading.read_params(),
         sampling: Sampling {
-            max_new_tokens: args.reading.max_new_tokens,
+            max_new_tokens: args.max_new_tokens,
             temperature: args.temperature,
             top_p: args.top_p,
             seed: args.seed,
         },
         template: args.template.as_deref().map(open_template).transpose()?.unwrap_or_default(),
         timings: args.timings,
+        ..AskParams::default()
     };
     params.read.validate()?;
     params.sampling.validate()?;

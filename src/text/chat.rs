@@ -8,13 +8,16 @@ use serde_json::Value;
 
 use crate::{Error, Result};
 
-const NAME: &str = "chat_template";
+const CHAT: &str = "chat_template";
+/// What the environment calls the bare prompt.
+const BARE: &str = "bare";
 
 /// Renders messages the way the model was trained to see them.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
-    has_template: bool,
+    /// [`CHAT`] or [`BARE`].
+    name: &'static str,
     origin: String,
     bos_token: String,
     eos_token: String,
@@ -52,16 +55,22 @@ impl ChatTemplate {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
         });
         let origin = origin.display().to_string();
-        let has_template = source.is_some();
         let bos_token = token_text(&config["bos_token"]);
-        let fallback = match config["add_bos_token"].as_bool() {
+        let bare = match config["add_bos_token"].as_bool() {
             Some(true) => "{{ bos_token }}{{ messages[-1].content }}",
             _ => "{{ messages[-1].content }}",
         };
-        environment
-            .add_template_owned(NAME, source.unwrap_or_else(|| fallback.into()))
-            .map_err(|error| template_error(&origin, &error))?;
-        Ok(ChatTemplate { environment, has_template, origin, bos_token, eos_token: token_text(&config["eos_token"]) })
+        let name = if source.is_some() { CHAT } else { BARE };
+        let sources = [(BARE, Some(bare.to_owned())), (CHAT, source)];
+        for (name, source) in sources.into_iter().filter_map(|(name, source)| Some((name, source?))) {
+            environment.add_template_owned(name, source).map_err(|error| template_error(&origin, &error))?;
+        }
+        Ok(ChatTemplate { environment, name, origin, bos_token, eos_token: token_text(&config["eos_token"]) })
+    }
+
+    /// The bare prompt of the same model, as if it brought no template.
+    pub fn bare(&self) -> ChatTemplate {
+        ChatTemplate { name: BARE, ..self.clone() }
     }
 
     /// The rendered conversation of one user message, ending with the header of the assistant's turn.
@@ -84,14 +93,14 @@ impl ChatTemplate {
             eos_token => &self.eos_token,
         };
         self.environment
-            .get_template(NAME)
+            .get_template(self.name)
             .and_then(|template| template.render(values))
             .map_err(|error| template_error(&self.origin, &error))
     }
 
-    /// Whether the model brings a template of its own.
+    /// Whether a template of the model's own is rendered, not the bare prompt.
     pub fn has_template(&self) -> bool {
-        self.has_template
+        self.name == CHAT
     }
 
     /// The file the template came from, for messages.
@@ -141,6 +150,7 @@ mod tests {
         )
         .unwrap();
         assert_eq!(chat.render(" hello ").unwrap(), "<s>[INST] hello [/INST]");
+        assert_eq!(chat.bare().render(" hello ").unwrap(), " hello ");
     }
 
     #[test]

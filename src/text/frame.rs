@@ -19,6 +19,8 @@ const FIELD_CLOSE: char = '\u{f0001}';
 pub struct PromptTemplate {
     origin: String,
     parts: Vec<Part>,
+    /// Beginning of the answer.
+    opening: String,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -31,7 +33,7 @@ enum Part {
 impl Default for PromptTemplate {
     /// The prompt of the reference.
     fn default() -> Self {
-        PromptTemplate { origin: "prompt template".into(), parts: parse(DEFAULT_TEMPLATE) }
+        PromptTemplate { origin: "prompt template".into(), parts: parse(DEFAULT_TEMPLATE), opening: String::new() }
     }
 }
 
@@ -60,7 +62,7 @@ impl PromptTemplate {
     /// # Errors
     /// [`Error::Template`] if a field is missing or the context stands in it twice.
     pub fn new(origin: impl Into<String>, text: &str) -> Result<PromptTemplate> {
-        let template = PromptTemplate { origin: origin.into(), parts: parse(text) };
+        let template = PromptTemplate { origin: origin.into(), parts: parse(text), opening: String::new() };
         let count = |wanted: &Part| template.parts.iter().filter(|&part| part == wanted).count();
         if count(&Part::Context) != 1 {
             let found = count(&Part::Context);
@@ -75,6 +77,12 @@ impl PromptTemplate {
             return Err(template.error("the private-use characters U+F0000 and U+F0001 may not stand in a template"));
         }
         Ok(template)
+    }
+
+    /// The same prompt with the first words of the answer given: they stand behind the chat template's header of the
+    /// assistant's turn, and the model goes on from them. Special tokens in them are parsed, as in all of a template.
+    pub fn with_opening(self, opening: impl Into<String>) -> PromptTemplate {
+        PromptTemplate { opening: opening.into(), ..self }
     }
 
     fn error(&self, message: impl Into<String>) -> Error {
@@ -112,7 +120,15 @@ impl PromptTemplate {
                 parts.push(Part::Literal(literal.into()));
             }
         }
-        if placed == fields.len() { Ok(parts) } else { Err(rewritten()) }
+        if placed != fields.len() {
+            return Err(rewritten());
+        }
+        match parts.last_mut() {
+            Some(Part::Literal(text)) => text.push_str(&self.opening),
+            _ if self.opening.is_empty() => {}
+            _ => parts.push(Part::Literal(self.opening.clone())),
+        }
+        Ok(parts)
     }
 }
 

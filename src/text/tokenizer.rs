@@ -1,5 +1,6 @@
 //! The model's own tokenizer (tokenizer.json), with special tokens parsed only where the text is ours.
 
+use std::ops::Range;
 use std::path::Path;
 
 use crate::{Error, Result};
@@ -56,6 +57,23 @@ impl Tokenizer {
     /// [`Error::Template`] if the tokenizer refuses the text.
     pub fn encode_template(&self, text: &str) -> Result<Vec<u32>> {
         encode_with(&self.parsing_special, text)
+    }
+
+    /// The bytes of `text` between its first `head` tokens and its last `tail`, widened to whole characters. Empty, at
+    /// the end of `text`, where the two together are all its tokens.
+    ///
+    /// # Errors
+    /// [`Error::Template`] if the tokenizer refuses the text.
+    pub fn middle(&self, text: &str, head: usize, tail: usize) -> Result<Range<usize>> {
+        let encoding = self.plain.encode(text, false).map_err(tokenizer_error)?;
+        let offsets = encoding.get_offsets();
+        if offsets.len() <= head + tail {
+            return Ok(text.len()..text.len());
+        }
+        let start = if head == 0 { 0 } else { offsets[head - 1].1 };
+        let end = if tail == 0 { text.len() } else { offsets[offsets.len() - tail].0 };
+        let start = text.floor_char_boundary(start);
+        Ok(start..text.ceil_char_boundary(end).max(start))
     }
 
     /// The text of `tokens`, special tokens left out.

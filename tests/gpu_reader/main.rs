@@ -214,7 +214,7 @@ fn a_needle_is_found_in_a_million_tokens() {
 #[test]
 #[ignore = "needs a GPU"]
 fn the_almanac_answers_its_questions_as_on_the_cpu() {
-    let questions = std::fs::read_to_string(root().join("examples/almanac.questions.jsonl")).unwrap();
+    let questions = std::fs::read_to_string(root().join("examples/almanac-qa.jsonl")).unwrap();
     let document = Document::open(root().join("examples/almanac.txt")).unwrap();
     let cuda = Engine::open(demo_dir(), Device::Cuda(0)).unwrap();
     let cpu = Engine::open(demo_dir(), Device::Cpu).unwrap();

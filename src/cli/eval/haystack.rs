@@ -41,15 +41,15 @@ pub struct Haystack {
     lengths: Vec<usize>,
 }
 
-/// A part of a haystack and a place in it.
+/// A part of a haystack and places in it.
 #[derive(Debug, PartialEq)]
 pub struct Placement {
     /// First sentence of the part.
     start: usize,
     /// Sentences of the part, which goes on at the beginning of the haystack when its end is reached.
     count: usize,
-    /// Sentences before the needle.
-    before: usize,
+    /// Sentences before each needle.
+    before: Vec<usize>,
 }
 
 impl Haystack {
@@ -78,9 +78,10 @@ impl Haystack {
         self.lengths[index % self.lengths.len()]
     }
 
-    /// Takes sentences from a drawn place on, as many as fit `room` tokens, and the boundary among them that is nearest
-    /// to `depth` percent of their tokens. `Err` is the length of the first sentence, if not even that fits.
-    pub fn place(&self, room: usize, depth: usize, noise: &mut Noise) -> Result<Placement, usize> {
+    /// Takes sentences from a drawn place on, as many as fit `room` tokens, and for each of `depths` the boundary among
+    /// them that is nearest to so many percent of their tokens. `Err` is the length of the first sentence, if not even
+    /// that fits.
+    pub fn place(&self, room: usize, depths: &[usize], noise: &mut Noise) -> Result<Placement, usize> {
         let start = noise.below(self.sentences.len());
         let mut ends = vec![0];
         loop {
@@ -94,34 +95,45 @@ impl Haystack {
         if count == 0 {
             return Err(self.length(start));
         }
-        let wanted = ends[count] * depth;
         // A shorter sentence would be read as the end of the needle's.
         let short = ReadParams::default().chunk_short_tail;
         let parts = |&at: &usize| at == count || python_strip(self.sentence(start + at)).chars().count() > short;
-        let distance = |&at: &usize| (ends[at] * 100).abs_diff(wanted);
-        let before = (0..=count).filter(parts).min_by_key(distance).unwrap_or(count);
-        Ok(Placement { start, count, before })
+        let boundaries: Vec<usize> = (0..=count).filter(parts).collect();
+        let nearest = |depth: &usize| {
+            let distance = |&&at: &&usize| (ends[at] * 100).abs_diff(ends[count] * depth);
+            *boundaries.iter().min_by_key(distance).expect("the end is a boundary")
+        };
+        Ok(Placement { start, count, before: depths.iter().map(nearest).collect() })
     }
 
-    /// The text of a placement with `needle` in it, and the needle's bytes.
-    pub fn hide(&self, placement: &Placement, needle: &str) -> (String, Range<usize>) {
-        let at = placement.start + placement.before;
-        let mut text: String = (placement.start..at).map(|index| self.sentence(index)).collect();
-        if text.chars().next_back().is_some_and(|last| !last.is_whitespace()) {
-            text.push(' ');
+    /// The text of a placement with `needles` in it, one for each of its places, and the bytes of each needle.
+    pub fn hide(&self, placement: &Placement, needles: &[&str]) -> (String, Vec<Range<usize>>) {
+        let hay = |part: Range<usize>| part.map(|at| self.sentence(placement.start + at)).collect::<String>();
+        let mut order: Vec<usize> = (0..needles.len()).collect();
+        order.sort_by_key(|&index| placement.before[index]);
+        let (mut text, mut spans, mut at) = (String::new(), vec![0..0; needles.len()], 0);
+        for index in order {
+            let before = placement.before[index];
+            join(&mut text, &hay(at..before));
+            join(&mut text, needles[index]);
+            spans[index] = text.len() - needles[index].len()..text.len();
+            if !needles[index].ends_with(['.', '!', '?', '。', '！', '？']) {
+                text.push_str("\n\n");
+            }
+            at = before;
         }
-        let start = text.len();
-        text.push_str(needle);
-        let span = start..text.len();
-        let rest: String = (at..placement.start + placement.count).map(|index| self.sentence(index)).collect();
-        if !needle.ends_with(['.', '!', '?', '。', '！', '？']) {
-            text.push_str("\n\n");
-        } else if rest.chars().next().is_some_and(|first| !first.is_whitespace()) {
-            text.push(' ');
-        }
-        text.push_str(&rest);
-        (text, span)
+        join(&mut text, &hay(at..placement.count));
+        (text, spans)
     }
+}
+
+/// Appends a text, with a space if words would touch.
+fn join(text: &mut String, next: &str) {
+    let touches = |c: Option<char>| c.is_some_and(|c| !c.is_whitespace());
+    if touches(text.chars().next_back()) && touches(next.chars().next()) {
+        text.push(' ');
+    }
+    text.push_str(next);
 }
 
 #[cfg(test)]
@@ -152,8 +164,9 @@ mod tests {
         for seed in 0..20 {
             for depth in [0, 11, 50, 89, 100] {
                 for room in [10, 33, 57, 150] {
-                    let placement = haystack.place(room, depth, &mut Noise(seed)).unwrap();
-                    let (text, span) = haystack.hide(&placement, NEEDLE);
+                    let placement = haystack.place(room, &[depth], &mut Noise(seed)).unwrap();
+                    let (text, spans) = haystack.hide(&placement, &[NEEDLE]);
+                    let span = &spans[0];
                     assert_eq!(&text[span.clone()], NEEDLE);
                     let alone = |limit| {
                         let sentences = split_sentences(&text, limit);
@@ -170,12 +183,32 @@ mod tests {
     }
 
     #[test]
+    fn many_needles_lie_apart_and_the_hay_stays_whole() {
+        let haystack = haystack();
+        let needles = ["The first is of gold.", "The second is tin", "The third is lead."];
+        for depths in [[0, 50, 100], [100, 50, 0], [50, 50, 50], [0, 0, 0]] {
+            let placement = haystack.place(57, &depths, &mut Noise(2)).unwrap();
+            let (text, spans) = haystack.hide(&placement, &needles);
+            let mut bare = text.clone();
+            for (needle, span) in needles.iter().zip(&spans) {
+                assert_eq!(&text[span.clone()], *needle);
+                bare = bare.replace(needle, "");
+            }
+            let sentences = split_sentences(&text, 10);
+            let alone = |needle: &&&str| sentences.iter().any(|at| python_strip(&text[at.clone()]) == **needle);
+            assert_eq!(needles.iter().filter(alone).count(), 3, "{text:?}");
+            let (whole, _) = haystack.hide(&placement, &[]);
+            assert!(bare.split_whitespace().eq(whole.split_whitespace()), "{bare:?} {whole:?}");
+        }
+    }
+
+    #[test]
     fn the_text_is_repeated_only_when_it_has_run_out() {
         let haystack = haystack();
         let tokens = haystack.tokens();
         let all = |room| {
-            let placement = haystack.place(room, 100, &mut Noise(3)).unwrap();
-            haystack.hide(&placement, NEEDLE).0
+            let placement = haystack.place(room, &[100], &mut Noise(3)).unwrap();
+            haystack.hide(&placement, &[NEEDLE]).0
         };
         assert_eq!(all(tokens).matches("Heading number 4 ").count(), 1);
         assert_eq!(all(2 * tokens).matches("Heading number 4 ").count(), 2);
@@ -184,21 +217,21 @@ mod tests {
     #[test]
     fn a_seed_gives_the_same_place_and_another_seed_another() {
         let haystack = haystack();
-        let place = |seed| haystack.place(20, 50, &mut Noise(seed)).unwrap();
+        let place = |seed| haystack.place(20, &[50], &mut Noise(seed)).unwrap();
         assert_eq!(place(5), place(5));
         assert!((0..10).any(|seed| place(seed) != place(5)));
     }
 
     #[test]
     fn no_room_is_told() {
-        assert!(matches!(haystack().place(1, 50, &mut Noise(0)), Err(2..)));
+        assert!(matches!(haystack().place(1, &[50], &mut Noise(0)), Err(2..)));
     }
 
     #[test]
     fn a_needle_without_a_full_stop_ends_with_a_blank_line() {
         let haystack = haystack();
-        let placement = haystack.place(40, 50, &mut Noise(1)).unwrap();
-        let (text, span) = haystack.hide(&placement, "the needle is silver");
-        assert!(text[span.end..].starts_with("\n\n"));
+        let placement = haystack.place(40, &[50], &mut Noise(1)).unwrap();
+        let (text, spans) = haystack.hide(&placement, &["the needle is silver"]);
+        assert!(text[spans[0].end..].starts_with("\n\n"));
     }
 }

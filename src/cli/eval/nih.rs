@@ -1,47 +1,52 @@
-//! `gleaner eval nih`: a fact hidden at many depths of texts of many lengths.
+//! `gleaner eval nih`: facts hidden at many depths of texts of many lengths.
 
-use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::io::{self, IsTerminal, Write};
-use std::ops::ControlFlow;
+use std::io::{self, Write};
 use std::path::PathBuf;
 
 use gleaner::reader::Sampling;
 use gleaner::text::python_strip;
-use gleaner::{AskParams, Document, Engine, Error, Progress, Timing};
-use indicatif::{ProgressBar, ProgressStyle};
-use serde::{Deserialize, Serialize};
+use gleaner::{Engine, Error};
 use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
 
-use super::super::ask::ReadingArgs;
+use super::super::Failure;
 use super::super::noise::Noise;
-use super::super::{Failure, ModelArgs};
-use super::RunFolder;
-use super::chart::{self, Heatmap};
+use super::case::{Case, Score};
+use super::chart::heatmap::{self, Heatmap};
+use super::folder::hex;
 use super::haystack::{self, Haystack, Placement};
+use super::method::Variant;
 use super::needle::{self, Needle};
+use super::run::{self, Record, Results, RunArgs};
 
 #[derive(clap::Args)]
 pub struct NihArgs {
     /// The text to hide needles in, UTF-8: a file, or a folder of .txt files
     #[arg(long, value_name = "FILE|DIR")]
     haystack: PathBuf,
-    /// Folder of the results; a run that is in it already goes on where it ended
-    #[arg(long, value_name = "DIR")]
-    out: PathBuf,
     #[command(flatten)]
-    model: ModelArgs,
-    /// Lengths of the documents, needle included
+    run: RunArgs,
+    /// Lengths of the documents, needles included
     #[arg(long, value_name = "TOKENS,...", value_delimiter = ',', default_value = "4000,8000,16000")]
     lengths: Vec<usize>,
     /// Number of depths, evenly spread from the first sentence to the last
     #[arg(long, value_name = "N", default_value_t = 10)]
     depths: usize,
+    /// Facts in each document, from the depth on at even distances, and asked for all at once
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    needles: usize,
+    /// For each fact so many more in the same words about something else, at drawn depths
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    distractors: usize,
+    /// For each length also ask for facts that are not there
+    #[arg(long)]
+    no_needle: bool,
     /// The same seed gives the same documents and needles
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// The fact to hide, instead of drawn ones
-    #[arg(long, value_name = "TEXT", requires_all = ["question", "answer"])]
+    #[arg(long, value_name = "TEXT", requires_all = ["question", "answer"], conflicts_with_all = ["needles", "distractors"])]
     needle: Option<String>,
     /// The question for it
     #[arg(long, value_name = "TEXT", requires = "needle")]
@@ -49,8 +54,9 @@ pub struct NihArgs {
     /// The answer to expect
     #[arg(long, value_name = "TEXT", requires = "needle")]
     answer: Option<String>,
-    #[command(flatten)]
-    reading: ReadingArgs,
+    /// Most tokens of an answer
+    #[arg(long, value_name = "TOKENS", default_value_t = Sampling::default().max_new_tokens)]
+    max_new_tokens: usize,
 }
 
 impl NihArgs {
@@ -63,15 +69,24 @@ impl NihArgs {
     }
 
     /// The depths in percent.
-    fn depths(&self) -> Result<Vec<usize>, Error> {
-        let steps = match self.depths {
-            2..=101 => self.depths - 1,
-            depths => {
-                let expected = "from 2 to 101".into();
-                return Err(Error::Parameter { name: "--depths", value: depths.to_string(), expected });
+    fn depths(&self) -> Vec<usize> {
+        let steps = self.depths - 1;
+        (0..=steps).map(|step| (200 * step + steps) / (2 * steps)).collect()
+    }
+
+    fn validate(&self) -> Result<(), Error> {
+        let numbers = [
+            ("--depths", self.depths, 2..=101),
+            ("--needles", self.needles, 1..=20),
+            ("--distractors", self.distractors, 0..=1000),
+        ];
+        for (name, value, range) in numbers {
+            if !range.contains(&value) {
+                let expected = format!("from {} to {}", range.start(), range.end());
+                return Err(Error::Parameter { name, value: value.to_string(), expected });
             }
-        };
-        Ok((0..=steps).map(|step| (200 * step + steps) / (2 * steps)).collect())
+        }
+        Ok(())
     }
 
     /// The needle of the command line.
@@ -79,7 +94,7 @@ impl NihArgs {
         let (Some(text), Some(question), Some(answer)) = (&self.needle, &self.question, &self.answer) else {
             return Ok(None);
         };
-        let text = python_strip(text).to_owned();
+        let text = python_strip(text);
         if text.is_empty() {
             return Err(Failure::Mistake("--needle is empty: write the fact to hide".into()));
         }
@@ -88,252 +103,229 @@ impl NihArgs {
                 "--answer {answer:?} has no word or number: write what a right answer contains"
             )));
         }
-        Ok(Some(Needle { text, question: question.clone(), answer: answer.clone() }))
+        Ok(Some(Needle::given(text, question, answer)))
+    }
+
+    /// What shapes all cases beside their ids.
+    fn parameters(&self, haystack: &Haystack) -> Map<String, Value> {
+        let Value::Object(parameters) = json!({
+            "eval": "nih",
+            "haystack_sha256": hex(&Sha256::digest(haystack.text())),
+            "seed": self.seed,
+            "needles": self.needles,
+            "distractors": self.distractors,
+            "needle": self.needle,
+            "question": self.question,
+            "answer": self.answer,
+        }) else {
+            unreachable!("the value above is an object")
+        };
+        parameters
     }
 }
 
-/// One cell of the grid.
-struct Case {
+/// Means over the needles asked for.
+const SCORES: [Score; 2] = [
+    Score { name: "word_share", of: |case, answer| mean(case, |expected| needle::word_share(expected, answer)) },
+    Score {
+        name: "exact",
+        of: |case, answer| mean(case, |expected| f64::from(u8::from(needle::contains_phrase(expected, answer)))),
+    },
+];
+
+/// Of answers to questions for what is not there.
+const DECLINED: [Score; 1] =
+    [Score { name: "declined", of: |_, answer| f64::from(u8::from(needle::declines(answer))) }];
+
+fn mean(case: &Case, score: impl Fn(&str) -> f64) -> f64 {
+    case.answers.iter().map(|expected| score(expected)).sum::<f64>() / case.answers.len() as f64
+}
+
+/// A place of the grid.
+struct Cell {
     length: usize,
-    depth: usize,
-    needle: Needle,
+    /// Percent; `None` hides nothing.
+    depth: Option<usize>,
+    asked: Vec<Needle>,
+    distractors: Vec<Needle>,
+    /// Of those asked for, if they are hidden, and behind them the distractors.
     placement: Placement,
 }
 
-/// A finished case: a line of cases.jsonl.
-#[derive(Serialize, Deserialize)]
-struct Record {
-    length: usize,
-    depth: usize,
-    needle: String,
-    question: String,
-    expected: String,
-    answer: String,
-    word_share: f64,
-    exact: bool,
-    evidence_recall: f64,
-    document_tokens: usize,
-    steps: usize,
-    retained_tokens: usize,
-    timing_ms: Timing,
-    warnings: Vec<String>,
-}
-
 pub fn run(args: NihArgs) -> Result<(), Failure> {
-    let params = AskParams {
-        read: args.reading.read_params(),
-        sampling: Sampling { max_new_tokens: args.reading.max_new_tokens, ..Sampling::default() },
-        ..AskParams::default()
-    };
-    params.read.validate()?;
-    params.sampling.validate()?;
-    let (lengths, depths, given) = (args.lengths(), args.depths()?, args.needle()?);
+    args.validate()?;
+    let (lengths, depths, given) = (args.lengths(), args.depths(), args.needle()?);
     let text = haystack::read(&args.haystack)?;
-    let engine = Engine::open(args.model.model(), args.model.device)?;
-    let count = |text: &str| Ok(engine.tokenizer().encode(text)?.len());
-    let haystack = Haystack::new(text, count)?;
+    let engine = args.run.open()?;
+    let haystack = Haystack::new(text, |text| Ok(engine.tokenizer().encode(text)?.len()))?;
 
-    let mut cases = Vec::new();
-    for &length in &lengths {
-        for &depth in &depths {
-            // A draw of its own, so that a cell is the same in every grid.
-            let mut noise = Noise(args.seed);
-            for part in [length, depth] {
-                noise = Noise((noise.below(usize::MAX) as u64).wrapping_add(part as u64));
-            }
-            let needle = given.clone().unwrap_or_else(|| Needle::draw(&mut noise, haystack.text()));
-            let frame = engine.frame(&needle.question, &params)?;
-            if frame.len() > params.read.window_length {
-                let window_length = params.read.window_length;
-                return Err(Error::QuestionTooLong { tokens: frame.len(), window_length }.into());
-            }
-            let tokens = count(&format!(" {}", needle.text))?;
-            let placement = haystack.place(length.saturating_sub(tokens), depth, &mut noise).map_err(|sentence| {
-                Failure::Mistake(format!(
-                    "a length of {length} tokens is too small: the needle takes {tokens} and the sentence of the haystack beside it {sentence}; raise --lengths"
-                ))
-            })?;
-            cases.push(Case { length, depth, needle, placement });
+    let mut cells = Vec::new();
+    let rows = depths.iter().map(|&depth| Some(depth)).chain(args.no_needle.then_some(None));
+    // The lengths side by side, so that the time left can be told from the first cells.
+    for depth in rows {
+        for &length in &lengths {
+            cells.push(cell(&args, &engine, &haystack, given.as_ref(), length, depth)?);
         }
     }
-
-    let parameters = parameters(&args, &engine, &haystack, &lengths, &params);
-    let (mut folder, finished) = RunFolder::open::<Record>(&args.out, &parameters)?;
-    let mut records: BTreeMap<(usize, usize), Record> =
-        finished.into_iter().map(|record| ((record.length, record.depth), record)).collect();
     if let Some(longest) = lengths.last().filter(|&&length| length > haystack.tokens()) {
         eprintln!(
             "warning: the haystack has {} tokens, so that it is repeated in documents of up to {longest}",
             haystack.tokens()
         );
     }
-    cases.retain(|case| !records.contains_key(&(case.length, case.depth)));
-    if !records.is_empty() {
-        eprintln!("{} cases are finished already, {} are left", records.len(), cases.len());
-    }
+    let parameters = args.parameters(&haystack);
+    let rows = cells.into_iter().map(|cell| Ok(case(&haystack, cell, args.max_new_tokens)));
+    let results = run::run(&args.run, &engine, rows, parameters)?;
 
-    let bar = match io::stderr().is_terminal() {
-        false => ProgressBar::hidden(),
-        // Counted in tokens, for long documents take longer.
-        true => ProgressBar::new(cases.iter().map(|case| case.length as u64).sum()).with_style(
-            ProgressStyle::with_template("{msg} {wide_bar} {percent}%, {eta} left").expect("a valid template"),
-        ),
-    };
-    let all = cases.len();
-    for (index, case) in cases.iter().enumerate() {
-        bar.set_message(format!("case {} of {all}", index + 1));
-        let done = bar.position();
-        let progress = &mut |progress: Progress| {
-            if let Progress::Step(report) = progress {
-                bar.set_position(done + (case.length * (report.step + 1) / report.steps) as u64);
-            }
-            ControlFlow::Continue(())
-        };
-        let record = ask(&engine, &haystack, case, &params, progress)?;
-        folder.append(&record)?;
-        records.insert((case.length, case.depth), record);
-    }
-    bar.finish_and_clear();
-
-    let warned: Vec<&String> = records.values().filter_map(|record| record.warnings.first()).collect();
-    if let Some(first) = warned.first() {
-        eprintln!("warning: {} of {} cases have warnings, the first: {first}", warned.len(), records.len());
-    }
-    let grid = Grid { lengths, depths, records };
-    folder.write("table.csv", &grid.csv())?;
-    folder.write("heatmap.svg", &grid.svg())?;
+    let grids = grids(&results, &lengths, &depths, args.no_needle);
+    results.write_chart("heatmap", &heatmap::svg("Needle in a haystack", &grids))?;
     let mut out = io::stdout().lock();
-    out.write_all(grid.tables().as_bytes())?;
-    writeln!(out, "cases.jsonl, table.csv and heatmap.svg are in {}", args.out.display())?;
+    grids.iter().try_for_each(|grid| out.write_all(table(grid).as_bytes()))?;
     Ok(())
 }
 
-/// Everything that shapes the results, for run.json.
-fn parameters(
+fn cell(
     args: &NihArgs,
     engine: &Engine,
     haystack: &Haystack,
-    lengths: &[usize],
-    params: &AskParams,
-) -> Map<String, Value> {
-    // FNV-1a: tells an edited haystack from the one before.
-    let fnv = |hash: u64, &byte: &u8| (hash ^ byte as u64).wrapping_mul(0x0100_0000_01b3);
-    let hash = haystack.text().as_bytes().iter().fold(0xcbf2_9ce4_8422_2325, fnv);
-    let Value::Object(parameters) = json!({
-        "eval": "nih",
-        "version": env!("CARGO_PKG_VERSION"),
-        "model": engine.model().path,
-        "device": engine.reader().device(),
-        "haystack": args.haystack,
-        "haystack_tokens": haystack.tokens(),
-        "haystack_fnv1a": format!("{hash:016x}"),
-        "lengths": lengths,
-        "depths": args.depths,
-        "seed": args.seed,
-        "needle": args.needle,
-        "question": args.question,
-        "answer": args.answer,
-        "window": params.read.window_length,
-        "topk": params.read.topk,
-        "phrase": params.read.phrase_width,
-        "max_retained": params.read.max_retained(),
-        "max_new_tokens": params.sampling.max_new_tokens,
-    }) else {
-        unreachable!("the value above is an object")
+    given: Option<&Needle>,
+    length: usize,
+    depth: Option<usize>,
+) -> Result<Cell, Failure> {
+    // A draw of its own, so that a cell is the same in every grid.
+    let mut noise = Noise(args.seed);
+    for part in [length, depth.unwrap_or(usize::MAX)] {
+        noise = Noise((noise.below(usize::MAX) as u64).wrapping_add(part as u64));
+    }
+    let mut asked: Vec<Needle> = given.cloned().into_iter().collect();
+    while asked.len() < args.needles {
+        let needle = Needle::draw(&mut noise, haystack.text());
+        if asked.iter().all(|other| other.question != needle.question && other.answer != needle.answer) {
+            asked.push(needle);
+        }
+    }
+    let mut distractors = Vec::new();
+    for needle in &asked {
+        let wanted = distractors.len() + args.distractors;
+        while distractors.len() < wanted {
+            let near = needle.draw_like(&mut noise, haystack.text()).expect("a given needle has no distractors");
+            if asked.iter().all(|other| other.question != near.question && other.answer != near.answer) {
+                distractors.push(near);
+            }
+        }
+    }
+
+    let mut depths: Vec<usize> = match depth {
+        Some(depth) => (0..asked.len()).map(|index| spread(depth, index, asked.len())).collect(),
+        None => Vec::new(),
     };
-    parameters
+    let hidden = asked.iter().take(depths.len()).chain(&distractors);
+    let tokens = hidden.map(|needle| Ok(engine.tokenizer().encode(&format!(" {}", needle.text))?.len()));
+    let tokens = tokens.sum::<Result<usize, Error>>()?;
+    let room = length.saturating_sub(tokens);
+    depths.extend(distractors.iter().map(|_| noise.below(101)));
+    let placement = haystack.place(room, &depths, &mut noise).map_err(|sentence| {
+        Failure::Mistake(format!(
+            "a length of {length} tokens is too small: the needle takes {tokens} and the sentence of the haystack beside it {sentence}; raise --lengths"
+        ))
+    })?;
+    Ok(Cell { length, depth, asked, distractors, placement })
 }
 
-fn ask(
-    engine: &Engine,
-    haystack: &Haystack,
-    case: &Case,
-    params: &AskParams,
-    progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
-) -> Result<Record, Error> {
-    let Needle { text: needle, question, answer: expected } = case.needle.clone();
-    let (text, span) = haystack.hide(&case.placement, &needle);
-    let document = Document::new("the haystack", text)?;
-    let answer = engine.ask_with(&document, &question, params, progress)?;
-    Ok(Record {
-        length: case.length,
-        depth: case.depth,
-        word_share: needle::word_share(&expected, &answer.answer),
-        exact: needle::contains_phrase(&expected, &answer.answer),
-        evidence_recall: needle::evidence_recall(document.text(), &span, &answer.evidence),
-        needle,
-        question,
-        expected,
-        answer: answer.answer,
-        document_tokens: answer.document.tokens,
-        steps: answer.steps,
-        retained_tokens: answer.retained_tokens,
-        timing_ms: answer.timing_ms,
-        warnings: answer.warnings,
-    })
+/// Depth of needle `index` of `count`: from the first on at even distances, and from the end on at the beginning.
+fn spread(first: usize, index: usize, count: usize) -> usize {
+    let depth = first + 100 * index / count;
+    if depth > 100 { depth - 100 } else { depth }
 }
 
-/// What is shown of a record.
-type Score = (&'static str, fn(&Record) -> f64);
+fn case(haystack: &Haystack, cell: Cell, max_new_tokens: usize) -> Case {
+    let Cell { length, depth, asked, distractors, placement } = cell;
+    let hidden = asked.iter().take(if depth.is_some() { asked.len() } else { 0 });
+    let texts: Vec<&str> = hidden.chain(&distractors).map(|needle| needle.text.as_str()).collect();
+    let (document, spans) = haystack.hide(&placement, &texts);
+    let list = |needles: &[Needle]| json!(needles.iter().map(|needle| needle.text.as_str()).collect::<Vec<_>>());
+    let details = [
+        ("length", json!(length)),
+        ("depth", json!(depth)),
+        ("needles", list(&asked)),
+        ("distractors", list(&distractors)),
+    ];
+    Case {
+        id: cell_id(length, depth),
+        task: if depth.is_some() { "needle" } else { "no needle" }.into(),
+        document,
+        question: asked.iter().map(|needle| needle.question.as_str()).collect::<Vec<_>>().join(" "),
+        template: None,
+        chat: true,
+        evidence: if depth.is_some() { spans[..asked.len()].to_vec() } else { Vec::new() },
+        answers: depth.map_or_else(Vec::new, |_| asked.into_iter().map(|needle| needle.answer).collect()),
+        all_classes: Vec::new(),
+        max_new_tokens,
+        scores: if depth.is_some() { &SCORES } else { &DECLINED },
+        details: details.into_iter().map(|(name, value)| (name.into(), value)).collect(),
+    }
+}
 
-const SCORES: [Score; 3] = [
-    ("Answer: share of the expected words", |record| record.word_share),
-    ("Answer: expected phrase contained", |record| f64::from(u8::from(record.exact))),
-    ("Evidence: share of the needle kept", |record| record.evidence_recall),
+fn cell_id(length: usize, depth: Option<usize>) -> String {
+    match depth {
+        Some(depth) => format!("{length} tokens, {depth}%"),
+        None => format!("{length} tokens, no needle"),
+    }
+}
+
+/// What is shown in a grid: its title, and the value of a record.
+type Shown = (&'static str, fn(&Record) -> Option<f64>);
+
+const SHOWN: [Shown; 3] = [
+    ("Answer: share of the expected words", |record| record.score("word_share")),
+    ("Answer: expected phrase contained", |record| record.score("exact")),
+    ("Evidence: share of the needle kept", |record| record.answered()?.evidence_recall),
 ];
 
-/// All cases, each finished.
-struct Grid {
-    lengths: Vec<usize>,
-    depths: Vec<usize>,
-    records: BTreeMap<(usize, usize), Record>,
+/// Depths down, lengths across, a grid for each variant and score.
+fn grids(results: &Results, lengths: &[usize], depths: &[usize], no_needle: bool) -> Vec<Heatmap> {
+    let mut grids = Vec::new();
+    for variant in &results.variants {
+        let value = |length: usize, depth: Option<usize>, value: fn(&Record) -> Option<f64>| {
+            let id = cell_id(length, depth);
+            let of_cell = |record: &&Record| record.id == id && record.variant == *variant;
+            results.records.iter().find(of_cell).and_then(value)
+        };
+        let row = |depth, of| lengths.iter().map(|&length| value(length, depth, of)).collect::<Vec<_>>();
+        let grid = |title: &str, rows: Vec<String>, cells| Heatmap {
+            title: titled(variant, &results.variants, title),
+            columns: ("tokens".into(), lengths.iter().map(usize::to_string).collect()),
+            rows: ("depth, %".into(), rows),
+            cells,
+        };
+        for (title, of) in SHOWN {
+            let cells = depths.iter().map(|&depth| row(Some(depth), of)).collect();
+            grids.push(grid(title, depths.iter().map(usize::to_string).collect(), cells));
+        }
+        if no_needle {
+            let cells = vec![row(None, |record| record.score("declined"))];
+            grids.push(grid("No needle: no false answer", vec!["none".into()], cells));
+        }
+    }
+    grids
 }
 
-impl Grid {
-    /// A list for each depth with a value for each length.
-    fn cells(&self, value: fn(&Record) -> f64) -> Vec<Vec<f64>> {
-        let row = |depth: &usize| self.lengths.iter().map(|length| value(&self.records[&(*length, *depth)])).collect();
-        self.depths.iter().map(row).collect()
+fn titled(variant: &Variant, variants: &[Variant], title: &str) -> String {
+    match variants {
+        [_] => title.into(),
+        _ => format!("{}. {title}", variant.label(variants)),
     }
+}
 
-    fn csv(&self) -> String {
-        let mut csv = "length,depth,word_share,exact,evidence_recall\n".to_owned();
-        for ((length, depth), record) in &self.records {
-            let exact = u8::from(record.exact);
-            let _ = writeln!(csv, "{length},{depth},{:.4},{exact},{:.4}", record.word_share, record.evidence_recall);
-        }
-        csv
+/// A grid for the terminal.
+fn table(grid: &Heatmap) -> String {
+    let values: Vec<f64> = grid.cells.iter().flatten().flatten().copied().collect();
+    let mut out = format!("\n{} (mean {:.3})\n", grid.title, values.iter().sum::<f64>() / values.len() as f64);
+    let _ = write!(out, "{:>8}", "depth");
+    grid.columns.1.iter().for_each(|length| out += &format!("{length:>9}"));
+    for (depth, row) in grid.rows.1.iter().zip(&grid.cells) {
+        let _ = write!(out, "\n{depth:>8}");
+        row.iter().for_each(|value| out += &value.map_or(format!("{:>9}", "bad"), |value| format!("{value:>9.2}")));
     }
-
-    fn svg(&self) -> String {
-        let maps = SCORES.map(|(title, value)| Heatmap {
-            title: title.into(),
-            columns: ("tokens".into(), self.lengths.iter().map(usize::to_string).collect()),
-            rows: ("depth, %".into(), self.depths.iter().map(usize::to_string).collect()),
-            cells: self.cells(value),
-        });
-        chart::svg("Needle in a haystack", &maps)
-    }
-
-    /// Depths down, lengths across, a table for each score.
-    fn tables(&self) -> String {
-        let mut out = String::new();
-        for (title, value) in SCORES {
-            let cells = self.cells(value);
-            let mean = cells.iter().flatten().sum::<f64>() / self.records.len() as f64;
-            let _ = writeln!(out, "{title} (mean {mean:.3})");
-            let _ = write!(out, "{:>8}", "depth");
-            for length in &self.lengths {
-                let _ = write!(out, "{length:>9}");
-            }
-            for (depth, row) in self.depths.iter().zip(cells) {
-                let _ = write!(out, "\n{depth:>7}%");
-                for value in row {
-                    let _ = write!(out, "{value:>9.2}");
-                }
-            }
-            out.push_str("\n\n");
-        }
-        out
-    }
+    out + "\n"
 }
