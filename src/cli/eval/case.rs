@@ -20,7 +20,8 @@ pub struct Case {
     pub template: Option<PromptTemplate>,
     /// Whether the model's chat template goes around the prompt.
     pub chat: bool,
-    /// Right answers; what several of them mean is up to the scores.
+    /// Right answers; what several of them mean is up to the scores. None where the right thing is not to answer: such a
+    /// task does not count in the mean of all.
     pub answers: Vec<String>,
     /// Labels to choose from, in tasks of classification.
     pub all_classes: Vec<String>,

@@ -48,7 +48,7 @@ pub struct Placement {
     start: usize,
     /// Sentences of the part, which goes on at the beginning of the haystack when its end is reached.
     count: usize,
-    /// Sentences before each needle, ascending.
+    /// Sentences before each needle.
     before: Vec<usize>,
 }
 
@@ -78,9 +78,9 @@ impl Haystack {
         self.lengths[index % self.lengths.len()]
     }
 
-    /// Takes sentences from a drawn place on, as many as fit `room` tokens, and for each of `depths`, which ascend, the
-    /// boundary among them that is nearest to that percentage of their tokens. `Err` is the length of the first
-    /// sentence, if not even that fits.
+    /// Takes sentences from a drawn place on, as many as fit `room` tokens, and for each of `depths` the boundary among
+    /// them that is nearest to so many percent of their tokens. `Err` is the length of the first sentence, if not even
+    /// that fits.
     pub fn place(&self, room: usize, depths: &[usize], noise: &mut Noise) -> Result<Placement, usize> {
         let start = noise.below(self.sentences.len());
         let mut ends = vec![0];
@@ -98,35 +98,42 @@ impl Haystack {
         // A shorter sentence would be read as the end of the needle's.
         let short = ReadParams::default().chunk_short_tail;
         let parts = |&at: &usize| at == count || python_strip(self.sentence(start + at)).chars().count() > short;
+        let boundaries: Vec<usize> = (0..=count).filter(parts).collect();
         let nearest = |depth: &usize| {
-            let distance = |&at: &usize| (ends[at] * 100).abs_diff(ends[count] * depth);
-            (0..=count).filter(parts).min_by_key(distance).unwrap_or(count)
+            let distance = |&&at: &&usize| (ends[at] * 100).abs_diff(ends[count] * depth);
+            *boundaries.iter().min_by_key(distance).expect("the end is a boundary")
         };
         Ok(Placement { start, count, before: depths.iter().map(nearest).collect() })
     }
 
-    /// The text of a placement with a needle in each of its places, and the needles' bytes.
+    /// The text of a placement with `needles` in it, one for each of its places, and the bytes of each needle.
     pub fn hide(&self, placement: &Placement, needles: &[&str]) -> (String, Vec<Range<usize>>) {
-        let (mut text, mut spans) = (String::new(), Vec::new());
-        let end = placement.start + placement.count;
-        let mut at = placement.start;
-        for (needle, before) in needles.iter().zip(&placement.before) {
-            text.extend((at..placement.start + before).map(|index| self.sentence(index)));
-            at = placement.start + before;
-            if text.chars().next_back().is_some_and(|last| !last.is_whitespace()) {
-                text.push(' ');
-            }
-            spans.push(text.len()..text.len() + needle.len());
-            text.push_str(needle);
-            if !needle.ends_with(['.', '!', '?', '。', '！', '？']) {
+        let hay = |part: Range<usize>| part.map(|at| self.sentence(placement.start + at)).collect::<String>();
+        let mut order: Vec<usize> = (0..needles.len()).collect();
+        order.sort_by_key(|&index| placement.before[index]);
+        let (mut text, mut spans, mut at) = (String::new(), vec![0..0; needles.len()], 0);
+        for index in order {
+            let before = placement.before[index];
+            join(&mut text, &hay(at..before));
+            join(&mut text, needles[index]);
+            spans[index] = text.len() - needles[index].len()..text.len();
+            if !needles[index].ends_with(['.', '!', '?', '。', '！', '？']) {
                 text.push_str("\n\n");
-            } else if at < end && !self.sentence(at).starts_with(char::is_whitespace) {
-                text.push(' ');
             }
+            at = before;
         }
-        text.extend((at..end).map(|index| self.sentence(index)));
+        join(&mut text, &hay(at..placement.count));
         (text, spans)
     }
+}
+
+/// Appends a text, with a space if words would touch.
+fn join(text: &mut String, next: &str) {
+    let touches = |c: Option<char>| c.is_some_and(|c| !c.is_whitespace());
+    if touches(text.chars().next_back()) && touches(next.chars().next()) {
+        text.push(' ');
+    }
+    text.push_str(next);
 }
 
 #[cfg(test)]
@@ -176,19 +183,22 @@ mod tests {
     }
 
     #[test]
-    fn several_needles_are_sentences_of_their_own_in_order() {
+    fn many_needles_lie_apart_and_the_hay_stays_whole() {
         let haystack = haystack();
-        let needles = ["Needle number one is silver.", "Needle number two is golden.", "Needle number three is here."];
-        for depths in [[0, 50, 100], [50, 50, 51], [0, 0, 0], [100, 100, 100]] {
-            let placement = haystack.place(57, &depths, &mut Noise(4)).unwrap();
+        let needles = ["The first is of gold.", "The second is tin", "The third is lead."];
+        for depths in [[0, 50, 100], [100, 50, 0], [50, 50, 50], [0, 0, 0]] {
+            let placement = haystack.place(57, &depths, &mut Noise(2)).unwrap();
             let (text, spans) = haystack.hide(&placement, &needles);
-            assert!(spans.iter().zip(needles).all(|(span, needle)| &text[span.clone()] == needle));
+            let mut bare = text.clone();
+            for (needle, span) in needles.iter().zip(&spans) {
+                assert_eq!(&text[span.clone()], *needle);
+                bare = bare.replace(needle, "");
+            }
             let sentences = split_sentences(&text, 10);
-            let alone = sentences.iter().map(|span| python_strip(&text[span.clone()]));
-            assert_eq!(alone.filter(|sentence| sentence.starts_with("Needle")).collect::<Vec<_>>(), needles);
-            let rest = needles.iter().fold(text.clone(), |text, needle| text.replacen(needle, "", 1));
-            let (plain, _) = haystack.hide(&placement, &[]);
-            assert!(rest.split_whitespace().eq(plain.split_whitespace()), "nothing of the haystack is lost");
+            let alone = |needle: &&&str| sentences.iter().any(|at| python_strip(&text[at.clone()]) == **needle);
+            assert_eq!(needles.iter().filter(alone).count(), 3, "{text:?}");
+            let (whole, _) = haystack.hide(&placement, &[]);
+            assert!(bare.split_whitespace().eq(whole.split_whitespace()), "{bare:?} {whole:?}");
         }
     }
 

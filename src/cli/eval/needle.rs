@@ -10,6 +10,7 @@ pub struct Needle {
     pub text: String,
     pub question: String,
     pub answer: String,
+    form: Option<Form>,
 }
 
 const SYLLABLES: [&str; 24] = [
@@ -45,16 +46,31 @@ const MONTHS: [&str; 12] = [
     "December",
 ];
 
+/// What is told in a drawn fact, and of whom.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Form {
+    kind: usize,
+    trade: &'static str,
+}
+
 impl Needle {
-    /// A fact about a place that is not in `haystack`: place and answer are drawn, so that no model can know them.
-    pub fn draw(noise: &mut Noise, haystack: &str) -> Needle {
-        let mut place = invented(noise);
-        while haystack.contains(&place) {
-            place = invented(noise);
-        }
-        let kind = noise.below(6);
-        let trade = pick(noise, &TRADES);
-        let (subject, question, answer) = match kind {
+    /// A fact about a place that is not in `text`: place and answer are drawn, so that no model can know them.
+    pub fn draw(noise: &mut Noise, text: &str) -> Needle {
+        let place = new_place(noise, text);
+        let form = Form { kind: noise.below(6), trade: pick(noise, &TRADES) };
+        Needle::of_form(form, &place, noise)
+    }
+
+    /// A drawn fact in the same words about another place; `None` for a needle that was not drawn.
+    pub fn draw_like(&self, noise: &mut Noise, text: &str) -> Option<Needle> {
+        let form = self.form?;
+        let place = new_place(noise, text);
+        Some(Needle::of_form(form, &place, noise))
+    }
+
+    fn of_form(form: Form, place: &str, noise: &mut Noise) -> Needle {
+        let trade = form.trade;
+        let (subject, question, answer) = match form.kind {
             0 => {
                 let subject = format!("The name of the {trade} of {place} is");
                 let question = format!("What is the name of the {trade} of {place}?");
@@ -86,8 +102,21 @@ impl Needle {
                 (subject, question, format!("{} {}", pick(noise, &MONTHS), 1 + noise.below(28)))
             }
         };
-        Needle { text: format!("{subject} {answer}."), question, answer }
+        Needle { text: format!("{subject} {answer}."), question, answer, form: Some(form) }
     }
+
+    /// A fact of one's own.
+    pub fn given(text: &str, question: &str, answer: &str) -> Needle {
+        Needle { text: text.into(), question: question.into(), answer: answer.into(), form: None }
+    }
+}
+
+fn new_place(noise: &mut Noise, text: &str) -> String {
+    let mut place = invented(noise);
+    while text.contains(&place) {
+        place = invented(noise);
+    }
+    place
 }
 
 fn pick<'a>(noise: &mut Noise, words: &[&'a str]) -> &'a str {
@@ -122,6 +151,39 @@ pub fn contains_phrase(expected: &str, answer: &str) -> bool {
     plain(answer).contains(&plain(expected))
 }
 
+/// Parts of answers that claim to know nothing, in lower case and with "not" written out.
+const DECLINES: [&str; 21] = [
+    "not mention",
+    "not say",
+    "not state",
+    "not specif",
+    "not provid",
+    "not contain",
+    "not give",
+    "not includ",
+    "not tell",
+    "not find",
+    "not found",
+    "not know",
+    "not answer",
+    "not be determined",
+    "not in the text",
+    "not in the book",
+    "not in the document",
+    "no mention",
+    "no information",
+    "no answer",
+    "unknown",
+];
+
+/// Whether an answer says that the text does not tell, or nothing at all. Where the text does not, any other answer is
+/// false.
+pub fn declines(answer: &str) -> bool {
+    let plain = answer.to_lowercase().replace('’', "'").replace("cannot", "can not").replace("n't", " not");
+    let plain = plain.split_whitespace().collect::<Vec<_>>().join(" ");
+    plain.is_empty() || DECLINES.iter().any(|phrase| plain.contains(phrase))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -146,6 +208,36 @@ mod tests {
         assert_eq!(drawn[7], Needle::draw(&mut Noise(7), ""));
         let different: BTreeSet<&str> = drawn.iter().map(|needle| needle.question.as_str()).collect();
         assert!(different.len() > 90, "a name may come twice, but most differ: {}", different.len());
+    }
+
+    #[test]
+    fn a_near_duplicate_tells_the_same_of_another_place() {
+        for seed in 0..50 {
+            let needle = Needle::draw(&mut Noise(seed), "");
+            let near = needle.draw_like(&mut Noise(seed + 1000), "").unwrap();
+            assert_ne!(near.question, needle.question);
+            let begin = |needle: &Needle| needle.text.split(' ').take(2).map(str::to_owned).collect::<Vec<_>>();
+            assert_eq!(begin(&near), begin(&needle));
+            assert_eq!(near.form, needle.form);
+        }
+        assert_eq!(Needle::given("a", "b", "c").draw_like(&mut Noise(0), ""), None);
+    }
+
+    #[test]
+    fn answers_that_decline_are_told_from_false_ones() {
+        let declined = [
+            "",
+            " \n",
+            "The text does not mention it.",
+            "It isn’t stated in the book.",
+            "The emblem cannot be determined.",
+            "I don't know.",
+            "No information is given.",
+            "Unknown",
+        ];
+        assert!(declined.iter().all(|answer| declines(answer)), "{declined:?}");
+        let claimed = ["4827", "Clara Whitlock", "The knot is golden.", "not golden but silver"];
+        assert!(!claimed.iter().any(|answer| declines(answer)), "{claimed:?}");
     }
 
     #[test]

@@ -50,6 +50,7 @@ fn best(case: &Case, score: impl Fn(&str) -> f64) -> f64 {
 }
 
 pub fn run(args: QaArgs) -> Result<(), Failure> {
+    // A row with a wrong byte is one bad row.
     let bytes = fs::read(&args.file).map_err(file_error("read", &args.file))?;
     let text = String::from_utf8_lossy(&bytes);
     let engine = args.run.open()?;
@@ -60,33 +61,44 @@ pub fn run(args: QaArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-fn row(args: &QaArgs, number: usize, line: &str) -> Row {
+fn row(args: &QaArgs, number: usize, text: &str) -> Row {
     let task = args.file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-    let place = format!("{}:{number}", args.file.display());
-    case(args, &task, number, line).map_err(|(id, error)| BadRow { id, task, error: format!("{place}: {error}") })
+    let unnamed = format!("line {number}");
+    let bad = |id: &str, error: String| {
+        let error = format!("{}:{number}: {error}", args.file.display());
+        BadRow { id: id.into(), task: task.clone(), error }
+    };
+    let line: Line = serde_json::from_str(text).map_err(|error| {
+        // The parser counts lines of its own.
+        let message = error.to_string();
+        let message = message.split(" at line ").next().unwrap_or_default();
+        bad(&unnamed, format!("{message} (column {})", error.column()))
+    })?;
+    let id = line.id.clone().unwrap_or(unnamed);
+    case(args, line).map(|case| Case { id: id.clone(), task: task.clone(), ..case }).map_err(|error| bad(&id, error))
 }
 
-fn case(args: &QaArgs, task: &str, number: usize, line: &str) -> Result<Case, (String, String)> {
-    let unnamed = format!("line {number}");
-    let line: Line = serde_json::from_str(line).map_err(|error| (unnamed.clone(), error.to_string()))?;
-    let id = line.id.clone().unwrap_or(unnamed);
-    let bad = |error: String| (id.clone(), error);
-    let document = match (line.document, &line.path) {
+/// The case of a line, without its id and task; in words what is wrong with it.
+fn case(args: &QaArgs, line: Line) -> Result<Case, String> {
+    let document = match (line.document, line.path) {
         (Some(document), None) => document,
         (None, Some(path)) => {
             let path = args.file.parent().unwrap_or(Path::new("")).join(path);
-            Document::open(path).map_err(|error| bad(error.to_string()))?.text().to_owned()
+            Document::open(path).map_err(|error| error.to_string())?.text().to_owned()
         }
-        _ => return Err(bad("give either document, a text, or path, a file".into())),
+        _ => return Err("give either document, the text, or path, its file".into()),
     };
+    if line.answers.is_empty() {
+        return Err("answers is empty: give at least one right answer".into());
+    }
     let span = |evidence: &String| match document.find(evidence.as_str()).filter(|_| !evidence.trim().is_empty()) {
         Some(start) => Ok(start..start + evidence.len()),
-        None => Err(bad(format!("the evidence {evidence:?} is not in the document"))),
+        None => Err(format!("the evidence {evidence:?} is not in the document")),
     };
     Ok(Case {
+        id: String::new(),
+        task: String::new(),
         evidence: line.evidence.iter().map(span).collect::<Result<_, _>>()?,
-        id,
-        task: task.into(),
         question: line.question,
         template: None,
         chat: true,

@@ -1,17 +1,18 @@
 //! What all benchmarks share: methods side by side on the same cases, in a folder that can be taken up again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use gleaner::{Device, Engine, Error};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::super::ask::ReadingArgs;
 use super::super::{Failure, ModelArgs};
-use super::case::{BadRow, Case, Row};
+use super::case::{BadRow, Row};
 use super::chart;
 use super::folder::{RunFolder, Start, model_hash};
 use super::method::{Answered, Method, Sweep, Variant};
@@ -54,10 +55,11 @@ pub struct Record {
     pub task: String,
     #[serde(flatten)]
     pub variant: Variant,
-    /// [`Case::hash`]; empty for a row that made no case.
+    /// `Case::hash`; empty for a row that made no case.
     case: String,
     question: String,
-    expected: Vec<String>,
+    /// Right answers; empty where there is none to give.
+    pub expected: Vec<String>,
     pub details: Map<String, Value>,
     #[serde(flatten)]
     pub outcome: Outcome,
@@ -78,7 +80,7 @@ pub enum Outcome {
     },
 }
 
-/// Everything that a run found.
+/// Everything that was found.
 pub struct Results {
     folder: RunFolder,
     pub variants: Vec<Variant>,
@@ -100,43 +102,40 @@ pub fn run(
     let mut finished: BTreeMap<(String, Variant), Record> =
         finished.into_iter().map(|record| ((record.id.clone(), record.variant.clone()), record)).collect();
 
-    const PARTS: u64 = 1000;
-    let all = rows.len();
-    let bar = ProgressBar::new(all as u64 * PARTS);
-    let bar = match io::stderr().is_terminal() {
-        false => ProgressBar::hidden(),
-        true => bar.with_style(
-            ProgressStyle::with_template("{msg} {wide_bar} {percent}%, {eta} left").expect("a valid template"),
-        ),
-    };
-    let mut records = Vec::new();
+    if !finished.is_empty() {
+        eprintln!("the folder has {} answers already", finished.len());
+    }
+
+    let mut progress = RunProgress::new(rows.len());
+    let (mut records, mut ids) = (Vec::new(), HashSet::new());
     for (index, row) in rows.enumerate() {
-        bar.set_message(format!("case {} of {all}", index + 1));
+        if !ids.insert(id(&row).to_owned()) {
+            return Err(Failure::Mistake(format!("two cases have the id {:?}; give each one of its own", id(&row))));
+        }
+        let first = records.len();
         for (at, variant) in variants.iter().enumerate() {
             let known = finished.remove(&(id(&row).to_owned(), variant.clone()));
-            let record = match (&row, known) {
-                (Ok(case), Some(known))
-                    if known.case == case.hash() && matches!(known.outcome, Outcome::Done { .. }) =>
-                {
-                    known
-                }
-                (row, known) => {
-                    let progress = &mut |share: f64| {
-                        let share = (at as f64 + share) / variants.len() as f64;
-                        bar.set_position(((index as f64 + share) * PARTS as f64) as u64);
-                    };
-                    let record = record(engine, row, variant, progress)?;
-                    // A row that is as bad as it was needs no new line.
-                    if known.is_none_or(|known| !known.is_as_bad_as(&record)) {
-                        folder.append(&record)?;
-                    }
-                    record
-                }
-            };
+            if let (Ok(case), Some(record)) = (&row, &known)
+                && record.case == case.hash()
+                && record.answered().is_some()
+            {
+                records.extend(known);
+                continue;
+            }
+            let advance = &mut |share: f64| progress.advance(index, (at as f64 + share) / variants.len() as f64);
+            let record = record(engine, &row, variant, advance)?;
+            // A row that is as bad as it was needs no new line.
+            if known.is_none_or(|known| !known.is_as_bad_as(&record)) {
+                folder.append(&record)?;
+            }
             records.push(record);
         }
+        if let Some(error) = records[first..].iter().find_map(Record::error) {
+            progress.warn(&format!("warning: {}: {error}", id(&row)));
+        }
+        progress.done(index);
     }
-    bar.finish_and_clear();
+    drop(progress);
     let results = Results { folder, variants, records };
     results.show()?;
     Ok(results)
@@ -146,8 +145,8 @@ impl Results {
     /// Writes the tables and charts, and shows the table.
     fn show(&self) -> Result<(), Failure> {
         let done: Vec<&Answered> = self.records.iter().filter_map(Record::answered).collect();
-        if let (None, Some(Record { outcome: Outcome::Bad { error }, .. })) = (done.first(), self.records.first()) {
-            return Err(Failure::Mistake(format!("not one case could be asked; the first: {error}")));
+        if done.is_empty() {
+            return Err(Failure::Mistake("there is no case that could be asked".into()));
         }
         let warned: Vec<&String> = done.iter().filter_map(|answered| answered.warnings.first()).collect();
         if let Some(first) = warned.first() {
@@ -176,6 +175,52 @@ impl Results {
     }
 }
 
+/// How far a run is: a bar on a terminal, else a line a minute.
+struct RunProgress {
+    bar: ProgressBar,
+    rows: usize,
+    last_line: Instant,
+}
+
+/// Steps of the bar for each row.
+const PARTS: u64 = 1000;
+
+impl RunProgress {
+    fn new(rows: usize) -> RunProgress {
+        let style = "case {msg} {wide_bar} {percent}%, {eta} left";
+        let bar = match io::stderr().is_terminal() {
+            false => ProgressBar::hidden(),
+            true => ProgressBar::no_length().with_style(ProgressStyle::with_template(style).expect("a valid template")),
+        };
+        bar.set_length(rows as u64 * PARTS);
+        RunProgress { bar, rows, last_line: Instant::now() }
+    }
+
+    /// A share of row `index` is done.
+    fn advance(&self, index: usize, share: f64) {
+        self.bar.set_message(format!("{} of {}", index + 1, self.rows));
+        self.bar.set_position(((index as f64 + share) * PARTS as f64) as u64);
+    }
+
+    fn done(&mut self, index: usize) {
+        self.advance(index, 1.0);
+        if !io::stderr().is_terminal() && self.last_line.elapsed() > Duration::from_secs(60) {
+            eprintln!("{} of {} cases are done, about {} left", index + 1, self.rows, HumanDuration(self.bar.eta()));
+            self.last_line = Instant::now();
+        }
+    }
+
+    fn warn(&self, text: &str) {
+        self.bar.suspend(|| eprintln!("{text}"));
+    }
+}
+
+impl Drop for RunProgress {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
+
 fn id(row: &Row) -> &str {
     match row {
         Ok(case) => &case.id,
@@ -189,6 +234,14 @@ impl Record {
         match &self.outcome {
             Outcome::Done { answered, .. } => Some(answered),
             Outcome::Bad { .. } => None,
+        }
+    }
+
+    /// What is wrong with a bad row.
+    fn error(&self) -> Option<&str> {
+        match &self.outcome {
+            Outcome::Done { .. } => None,
+            Outcome::Bad { error } => Some(error),
         }
     }
 
@@ -212,12 +265,7 @@ impl Record {
     }
 
     fn is_as_bad_as(&self, other: &Record) -> bool {
-        match (&self.outcome, &other.outcome) {
-            (Outcome::Bad { error }, Outcome::Bad { error: other_error }) => {
-                self.case == other.case && error == other_error
-            }
-            _ => false,
-        }
+        self.error().is_some() && self.error() == other.error() && self.case == other.case
     }
 }
 

@@ -67,8 +67,10 @@ impl Table {
             rows.extend(of(&[task], task, &scores));
         }
         let many_tasks = tasks.len() > 1;
-        if many_tasks {
-            // Tasks are scored each in its own way; only the main scores can be put together.
+        // A task without right answers has another aim. Tasks are scored each in its own way, so that only the main
+        // scores can be put together.
+        tasks.retain(|task| results.records.iter().any(|record| record.task == *task && !record.expected.is_empty()));
+        if tasks.len() > 1 {
             rows.extend(of(&tasks, "all tasks", &[]));
         }
         Table { rows, many_tasks, against: against.label(variants) }
@@ -76,14 +78,16 @@ impl Table {
 
     /// For the terminal: tasks with the same scores in one table.
     pub fn text(&self) -> String {
-        let names = |row: &Row| row.measures.iter().map(|measure| measure.name.clone()).collect::<Vec<_>>();
+        let mut groups: Vec<Vec<&Row>> = Vec::new();
+        for row in &self.rows {
+            match groups.iter_mut().find(|group| group[0].columns().eq(row.columns())) {
+                Some(group) => group.push(row),
+                None => groups.push(vec![row]),
+            }
+        }
         let mut out = String::new();
-        let mut rest: Vec<&Row> = self.rows.iter().collect();
-        while let Some(columns) = rest.iter().map(|row| names(row)).max_by_key(Vec::len) {
-            let (alike, others) =
-                rest.into_iter().partition(|row| names(row).iter().all(|name| columns.contains(name)));
-            rest = others;
-            out += &self.aligned(&columns, &alike);
+        for group in groups {
+            out += &self.aligned(&group);
             out.push('\n');
         }
         let _ = write!(out, "In brackets: 95% intervals, by bootstrap over the cases.");
@@ -93,7 +97,8 @@ impl Table {
         out + "\n"
     }
 
-    fn aligned(&self, columns: &[String], rows: &[&Row]) -> String {
+    fn aligned(&self, rows: &[&Row]) -> String {
+        let compared = rows.iter().any(|row| row.measure(DIFFERENCE).is_some());
         let any_bad = rows.iter().any(|row| row.bad > 0);
         let mut lines = vec![Vec::new(); rows.len() + 1];
         let mut column = |head: &str, cell: &dyn Fn(&Row) -> String| {
@@ -108,7 +113,8 @@ impl Table {
         if any_bad {
             column("bad", &|row| row.bad.to_string());
         }
-        for name in columns {
+        let difference = compared.then_some(DIFFERENCE);
+        for name in rows[0].columns().chain(difference) {
             column(name, &|row| row.measure(name).map_or_else(String::new, |measure| shown(name, &measure.interval)));
         }
         let mut out = String::new();
@@ -157,7 +163,8 @@ impl Table {
     /// Evidence against what was kept, if any evidence is known: a curve for the variants of gleaner that differ in
     /// `topk` alone, a point for each other.
     pub fn recall_chart(&self) -> Option<String> {
-        let task = &self.rows.last()?.task;
+        // The mean of all tasks, or the one that knows evidence.
+        let task = &self.rows.iter().rfind(|row| row.measure(RECALL).is_some())?.task;
         let mut curves: Vec<(Variant, Curve)> = Vec::new();
         for row in self.rows.iter().filter(|row| row.task == *task) {
             let (Some(tokens), Some(recall)) = (row.measure(TOKENS), row.measure(RECALL)) else { continue };
@@ -167,7 +174,10 @@ impl Table {
             match curves.iter_mut().find(|(known, _)| *known == family) {
                 Some((_, curve)) => curve.points.push(point),
                 None => {
-                    let series = curves.len();
+                    // The signs of the methods, as in the other chart; further curves of gleaner have others.
+                    let first = curves.iter().all(|(known, _)| known.method != family.method);
+                    let series =
+                        if first { family.method as usize } else { Method::LastWindow as usize + curves.len() };
                     curves.push((family, Curve { label: String::new(), series, points: vec![point] }));
                 }
             }
@@ -179,11 +189,16 @@ impl Table {
         });
         let curves: Vec<Curve> = curves.collect();
         let axes = ("tokens of the document that the answer is made from (mean)", "share of the evidence kept (mean)");
-        (!curves.is_empty()).then(|| points::curves("Evidence kept, with 95% intervals", axes, &curves))
+        Some(points::curves("Evidence kept, with 95% intervals", axes, &curves))
     }
 }
 
 impl Row {
+    /// Its measures without the difference, which the variant that the others are compared with has not.
+    fn columns(&self) -> impl Iterator<Item = &str> {
+        self.measures.iter().map(|measure| measure.name.as_str()).filter(|name| *name != DIFFERENCE)
+    }
+
     fn measure(&self, name: &str) -> Option<&Measure> {
         self.measures.iter().find(|measure| measure.name == name)
     }

@@ -11,8 +11,8 @@ pub struct Heatmap {
     pub columns: (String, Vec<String>),
     /// What the rows are, and each of them.
     pub rows: (String, Vec<String>),
-    /// A list for each row, 0 to 1.
-    pub cells: Vec<Vec<f64>>,
+    /// A list for each row, 0 to 1; `None` where there is no value.
+    pub cells: Vec<Vec<Option<f64>>>,
 }
 
 const CELL: (usize, usize) = (58, 28);
@@ -58,10 +58,11 @@ fn draw(out: &mut String, map: &Heatmap, top: usize) {
                 "<rect x=\"{x}\" y=\"{y}\" width=\"{}\" height=\"{}\" fill=\"{}\" stroke=\"#888888\"/>",
                 CELL.0,
                 CELL.1,
-                color(value)
+                value.map_or("#ffffff".into(), color)
             );
-            let ink = if value > WHITE_INK { "fill=\"#ffffff\"" } else { "fill=\"#000000\"" };
-            text(out, (x + CELL.0 / 2, y + 18), "middle", ink, &format!("{value:.2}"));
+            let ink = if value > Some(WHITE_INK) { "fill=\"#ffffff\"" } else { "fill=\"#000000\"" };
+            let label = value.map_or("bad".into(), |value| format!("{value:.2}"));
+            text(out, (x + CELL.0 / 2, y + 18), "middle", ink, &label);
         }
     }
     let bottom = first + CELL.1 * map.rows.1.len();
@@ -86,15 +87,16 @@ mod tests {
     fn every_cell_shows_its_number_on_a_ground_that_darkens() {
         let map = Heatmap {
             title: "a < b & c".into(),
-            columns: ("tokens".into(), vec!["1000".into(), "2000".into()]),
+            columns: ("tokens".into(), vec!["1000".into(), "2000".into(), "3000".into()]),
             rows: ("depth".into(), vec!["0".into(), "100".into()]),
-            cells: vec![vec![0.0, 0.25], vec![0.5, 1.0]],
+            cells: vec![vec![Some(0.0), Some(0.25), None], vec![Some(0.5), Some(1.0), None]],
         };
         let svg = svg("title", &[map]);
         assert!(svg.contains("a &lt; b &amp; c"));
         for cell in [">0.00<", ">0.25<", ">0.50<", ">1.00<"] {
             assert_eq!(svg.matches(cell).count(), 1, "{cell}");
         }
+        assert_eq!(svg.matches(">bad<").count(), 2);
         assert!(svg.contains("#f7fbff") && svg.contains("#08306b"), "the ends of the ramp");
     }
 

@@ -6,8 +6,14 @@ use super::super::stats::Interval;
 use super::{begin, text};
 
 /// Colours of Okabe and Ito, dark enough for white paper, and a shape for each.
-const SERIES: [(&str, Shape); 4] =
-    [("#0072b2", Shape::Disc), ("#d55e00", Shape::Square), ("#009e73", Shape::Triangle), ("#cc79a7", Shape::Diamond)];
+const SERIES: [(&str, Shape); 6] = [
+    ("#0072b2", Shape::Disc),
+    ("#d55e00", Shape::Square),
+    ("#009e73", Shape::Triangle),
+    ("#cc79a7", Shape::Diamond),
+    ("#000000", Shape::Wedge),
+    ("#e69f00", Shape::Slab),
+];
 
 #[derive(Clone, Copy)]
 enum Shape {
@@ -15,6 +21,8 @@ enum Shape {
     Square,
     Triangle,
     Diamond,
+    Wedge,
+    Slab,
 }
 
 /// A share with a name.
@@ -115,9 +123,7 @@ pub fn curves(title: &str, (x_title, y_title): (&str, &str), curves: &[Curve]) -
             let style = format!("stroke=\"{color}\" stroke-width=\"1.5\"");
             line(&mut out, (x(*number), y(share.low)), (x(*number), y(share.high)), &style);
             marker(&mut out, (x(*number), y(share.mean)), curve.series);
-            // Above the point, unless it is at the top.
-            let below = if y(share.mean) < top as f64 + 30.0 { 20.0 } else { -12.0 };
-            text(&mut out, (x(*number) as usize, (y(share.mean) + below) as usize), "middle", "", label);
+            text(&mut out, (x(*number) as usize + 9, y(share.mean) as usize + 16), "start", "", label);
         }
         let legend = bottom + 52 + 20 * index;
         marker(&mut out, (left as f64, legend as f64 - 4.0), curve.series);
@@ -145,6 +151,8 @@ fn marker(out: &mut String, (x, y): (f64, f64), series: usize) {
         }
         Shape::Square => &[(-4.5, -4.5), (4.5, -4.5), (4.5, 4.5), (-4.5, 4.5)],
         Shape::Triangle => &[(0.0, -6.0), (5.5, 4.5), (-5.5, 4.5)],
+        Shape::Wedge => &[(0.0, 6.0), (5.5, -4.5), (-5.5, -4.5)],
+        Shape::Slab => &[(-6.5, -2.5), (6.5, -2.5), (6.5, 2.5), (-6.5, 2.5)],
         Shape::Diamond => &[(0.0, -6.5), (6.5, 0.0), (0.0, 6.5), (-6.5, 0.0)],
     };
     let points: Vec<String> = corners.iter().map(|(dx, dy)| format!("{:.1},{:.1}", x + dx, y + dy)).collect();
