@@ -131,6 +131,7 @@ impl Variant {
             sampling: Sampling { max_new_tokens: case.max_new_tokens, ..Sampling::default() },
             template: case.template.clone().unwrap_or_default(),
             chat: case.chat,
+            ..AskParams::default()
         };
         params.sampling.validate()?;
         let document = Document::new(&case.id, case.document.as_str())?;
@@ -156,6 +157,8 @@ pub struct Answered {
     pub answer: String,
     /// Share of the gold evidence that the answer was made from; `None` where no gold is known.
     pub evidence_recall: Option<f64>,
+    /// Tokens of the whole document: sentence by sentence where it was read, which comes to a little more.
+    pub document_tokens: usize,
     /// Tokens of the document that the answer was made from.
     pub retained_tokens: usize,
     /// After each step of reading.
@@ -198,6 +201,7 @@ fn by_reading(
     Ok(Answered {
         answer: answer.answer,
         evidence_recall: steps.last().and_then(|step| step.evidence_recall),
+        document_tokens: answer.document.tokens,
         retained_tokens: answer.retained_tokens,
         steps,
         timing_ms: answer.timing_ms,
@@ -227,6 +231,7 @@ fn from_ends(
     Ok(Answered {
         answer,
         evidence_recall: recall::of_parts(text, &case.evidence, &parts),
+        document_tokens: engine.tokenizer().encode(text)?.len(),
         retained_tokens: prompt.len() - frame.answer_prefix.len() - frame.answer_tail.len(),
         steps: Vec::new(),
         timing_ms: Timing {

@@ -112,6 +112,7 @@ mod tests {
                 kept,
                 dropped,
                 top_tokens,
+                scores: Vec::new(),
             })
         };
         assert_eq!(after(0, &[0]), None, "nothing to keep yet");

@@ -26,6 +26,7 @@ struct Measure {
 /// The measure of [`Table::against`].
 const DIFFERENCE: &str = "difference";
 const RECALL: &str = "evidence_recall";
+const SOURCE: &str = "document_tokens";
 const TOKENS: &str = "retained_tokens";
 const SECONDS: &str = "seconds";
 
@@ -148,7 +149,7 @@ impl Table {
     pub fn scores_chart(&self) -> String {
         let mut panels: Vec<Panel> = Vec::new();
         for row in &self.rows {
-            let Some(main) = row.measures.first().filter(|main| main.name != TOKENS) else { continue };
+            let Some(main) = row.measures.first().filter(|main| main.name != SOURCE) else { continue };
             let bar = Bar { label: row.label.clone(), series: row.variant.method as usize, share: main.interval };
             let title = format!("{}: {}", row.task, main.name);
             match panels.last_mut().filter(|panel| panel.title == title) {
@@ -234,6 +235,7 @@ fn row(results: &Results, tasks: &[&str], name: &str, variant: &Variant, against
         measures.extend(measure(DIFFERENCE, &difference));
     }
     measures.extend(measure(RECALL, &|record| record.answered()?.evidence_recall));
+    measures.extend(measure(SOURCE, &|record| Some(record.answered()?.document_tokens as f64)));
     measures.extend(measure(TOKENS, &|record| Some(record.answered()?.retained_tokens as f64)));
     measures.extend(measure(SECONDS, &|record| Some(record.answered()?.timing_ms.total / 1e3)));
     let bad = of_variant(variant).filter(|record| tasks.contains(&record.task.as_str()));
@@ -248,7 +250,7 @@ fn row(results: &Results, tasks: &[&str], name: &str, variant: &Variant, against
 
 fn shown(name: &str, Interval { mean, low, high }: &Interval) -> String {
     match name {
-        TOKENS => format!("{mean:.0}"),
+        SOURCE | TOKENS => format!("{mean:.0}"),
         SECONDS => format!("{mean:.2}"),
         DIFFERENCE => format!("{mean:+.3} [{low:+.3}, {high:+.3}]"),
         _ => format!("{mean:.3} [{low:.3}, {high:.3}]"),
