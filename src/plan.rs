@@ -257,8 +257,16 @@ impl Plan {
                 self.tail.len()
             ));
         }
-        if self.topk == 0 || self.phrase_width == 0 {
-            return fail("topk and phrase_width must be at least 1".into());
+        if self.topk == 0 {
+            return fail("topk must be at least 1".into());
+        }
+        // Far wider, positions of the filter would leave the integers that kernels count in.
+        if !PHRASE_WIDTH.contains(&(self.phrase_width as usize)) {
+            return fail(format!(
+                "phrase_width is {}, but must be from 1 to {}",
+                self.phrase_width,
+                PHRASE_WIDTH.end - 1
+            ));
         }
         match self.tokens.iter().chain(&self.prefix).chain(&self.tail).max() {
             Some(&id) if id as usize >= vocab_size => {
@@ -409,6 +417,8 @@ mod tests {
         assert_eq!((shape.chunks, shape.sentences, shape.tokens), (1, 2, 3));
         assert!(good.validate(6).is_err(), "a token beyond the vocabulary");
         assert!(Plan { question_start: 2, ..good.clone() }.validate(7).is_err());
+        assert!(Plan { phrase_width: 0, ..good.clone() }.validate(7).is_err());
+        assert!(Plan { phrase_width: 257, ..good.clone() }.validate(7).is_err());
         assert!(Plan { sentence_offsets: vec![0, 2, 1, 3], ..good.clone() }.validate(7).is_err());
         assert!(Plan { sentence_offsets: vec![0, 1, 1, 3], ..good.clone() }.validate(7).is_err(), "an empty sentence");
         assert!(Plan { sentence_offsets: vec![], ..good.clone() }.validate(7).is_err());
