@@ -19,12 +19,6 @@ struct Args {
     float scale_log2;  // 1 / sqrt(head_dim), in base 2
 };
 
-__device__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 template <int kHeadDim>
 __device__ uint32_t slot(int row, int piece) {
     return row * (kHeadDim * 2) + ((piece ^ (row % 8)) * 16);

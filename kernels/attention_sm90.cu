@@ -19,6 +19,7 @@ constexpr int kRows = 128, kKeys = 128, kGroupRows = 64;
 constexpr int kThreads = 384, kConsumers = 256, kConsumerWarps = 8;
 constexpr int kBoxBytes = kRows * kBoxColumns * 2;
 constexpr int kMaxStages = 4;
+constexpr int kTurns = 2;  // the first of the barriers for turns; 1 is that of `sync_consumers`
 
 template <int kHeadDim>
 constexpr int kTileBytes = kHeadDim / kBoxColumns * kBoxBytes;
@@ -63,12 +64,6 @@ struct Schedule {
     }
 };
 
-__device__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 template <int kHeadDim>
 __device__ void produce(const CUtensorMap *map, const Args &args, const Schedule &schedule, const Shared &shared) {
     constexpr int kBytes = kTileBytes<kHeadDim>;
@@ -107,10 +102,6 @@ __device__ void clear_rows(uint32_t tile, int first, int thread) {
 // Waits for all threads of the two warpgroups that multiply.
 __device__ void sync_consumers() { asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory"); }
 
-// The warpgroups start their products in turns, so that one works on probabilities while the other multiplies.
-__device__ void wait_for_turn(int group) { asm volatile("bar.sync %0, %1;" ::"r"(2 + group), "n"(kConsumers) : "memory"); }
-__device__ void give_turn(int group) { asm volatile("bar.arrive %0, %1;" ::"r"(2 + group), "n"(kConsumers) : "memory"); }
-
 template <int kHeadDim>
 __device__ void consume(const Args &args, const Schedule &schedule, const Shared &shared) {
     constexpr int kBytes = kTileBytes<kHeadDim>;
@@ -122,7 +113,9 @@ __device__ void consume(const Args &args, const Schedule &schedule, const Shared
     float scores[kKeys / 2], out[kHeadDim / 2];
     uint32_t probabilities[kKeys / 4];
 
-    if (group == 1) give_turn(0);
+    // The warpgroups start their products in turns, the first one first, so that one works on probabilities while the other
+    // multiplies. The last turn given is not taken, which a barrier may be left with.
+    if (group == 1) give_turn(kTurns);
     auto start_scores = [&](int stage) {
         wgmma_fence();
 #pragma unroll
@@ -202,11 +195,11 @@ __device__ void consume(const Args &args, const Schedule &schedule, const Shared
         at.next();
         for (int tile = piece.last_tile - 1; tile >= piece.first_tile; --tile) {
             barrier_wait(shared.k_full + at.stage * 8, at.parity);
-            wait_for_turn(group);
+            wait_for_turn(kTurns + group);
             start_scores(at.stage);
             barrier_wait(shared.v_full + previous.stage * 8, previous.parity);
             start_product(previous.stage, tile == piece.last_tile - 1);
-            give_turn(1 - group);
+            give_turn(kTurns + 1 - group);
             wgmma_wait<1>();
             wgmma_results(scores);
             if (leads) barrier_arrive_here(shared.k_empty + at.stage * 8);

@@ -45,6 +45,13 @@ int32_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, int threads
     return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 
+// 2^x in one instruction; exp2f adds three for subnormal numbers.
+__device__ inline float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // Two bf16 as one register. The lower address is the lower half.
 __device__ inline uint32_t pack(float low, float high) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);

@@ -165,10 +165,6 @@ __device__ void finish(const Operands &operands, const Epilogue &epilogue, const
     }
 }
 
-// One of the two warpgroups waits at a barrier that the other arrives at.
-__device__ void sync_pair(int barrier) { asm volatile("bar.sync %0, 256;" ::"r"(barrier) : "memory"); }
-__device__ void arrive_pair(int barrier) { asm volatile("bar.arrive %0, 256;" ::"r"(barrier) : "memory"); }
-
 template <class Groups, int kTileN, bool kBias, class Epilogue>
 __device__ void consume(const Operands &operands, const Epilogue &epilogue, const Schedule &schedule, uint32_t ring,
                         uint32_t full, uint32_t empty) {
@@ -199,7 +195,7 @@ __device__ void consume(const Operands &operands, const Epilogue &epilogue, cons
 
         // A barrier tells one phase from the next, not from the one after that: stages may be waited for only when all
         // before them are there.
-        if (Groups::kInTurns && turn > 0) sync_pair(1 + group);
+        if (Groups::kInTurns && turn > 0) wait_for_turn(1 + group);
         float c[kStrips][kTileN / 2];
         int previous = 0;
         for (int k_tile = 0; k_tile < schedule.k_tiles; ++k_tile, at.next()) {
@@ -219,7 +215,7 @@ __device__ void consume(const Operands &operands, const Epilogue &epilogue, cons
             if (k_tile > 0 && lane < kCluster) barrier_arrive(empty + previous * 8, lane);
             previous = at.stage;
         }
-        if (Groups::kInTurns && pair + schedule.clusters() < schedule.pairs) arrive_pair(2 - group);
+        if (Groups::kInTurns && pair + schedule.clusters() < schedule.pairs) give_turn(2 - group);
         wgmma_wait<0>();
         if (lane < kCluster) barrier_arrive(empty + previous * 8, lane);
 #pragma unroll

@@ -66,6 +66,10 @@ __device__ inline void barrier_arrive(uint32_t barrier, uint32_t rank) {
         : "memory");
 }
 
+// Turns of two warpgroups: one waits at a named barrier of the CTA until the other has arrived there.
+__device__ inline void wait_for_turn(int barrier) { asm volatile("bar.sync %0, 256;" ::"r"(barrier) : "memory"); }
+__device__ inline void give_turn(int barrier) { asm volatile("bar.arrive %0, 256;" ::"r"(barrier) : "memory"); }
+
 // A stage of a ring, and the parity of the phase its barriers are in.
 template <int kCount>
 struct Ring {

@@ -5,27 +5,15 @@ mod common;
 #[path = "../examples/low_level.rs"]
 mod example;
 
-use std::ops::ControlFlow;
-
-use common::{demo_dir, root};
+use common::{demo_dir, reports, root};
 use gleaner::plan::ReadParams;
-use gleaner::reader::{Detail, DropReason, Reader, StepReport};
+use gleaner::reader::{Detail, DropReason, StepReport};
 use gleaner::{AskParams, Device, Document, Engine};
 
 /// Its first so many bytes.
 fn almanac(bytes: usize) -> Document {
     let text = std::fs::read_to_string(root().join("examples/almanac.txt")).unwrap();
     Document::new("almanac", &text[..text.floor_char_boundary(bytes)]).unwrap()
-}
-
-fn reports(reader: &dyn Reader, plan: &gleaner::plan::Plan, detail: Detail) -> Vec<StepReport> {
-    let mut reports = Vec::new();
-    let keep = &mut |report: &StepReport| {
-        reports.push(report.clone());
-        ControlFlow::Continue(())
-    };
-    reader.read_with(plan, detail, keep).unwrap();
-    reports
 }
 
 /// Scores belong to the context's tokens in order: each sentence's best is the score it is kept with, and nothing else in

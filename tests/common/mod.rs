@@ -24,6 +24,17 @@ pub fn demo_dir() -> PathBuf {
 pub static DEMO: LazyLock<Arc<Model>> =
     LazyLock::new(|| Arc::new(Model::open(demo_dir()).expect("the bundled model opens")));
 
+/// What the steps of a reading report.
+pub fn reports(reader: &dyn Reader, plan: &Plan, detail: Detail) -> Vec<StepReport> {
+    let mut reports = Vec::new();
+    let keep = &mut |report: &StepReport| {
+        reports.push(report.clone());
+        ControlFlow::Continue(())
+    };
+    reader.read_with(plan, detail, keep).unwrap();
+    reports
+}
+
 pub fn demo_reader() -> CpuReader {
     CpuReader::new(DEMO.clone())
 }

@@ -1,26 +1,14 @@
 //! What a program around the reader may ask for: the scores of every token, and work on a stream of its own.
 
 use std::ffi::c_void;
-use std::ops::ControlFlow;
 
 use gleaner::cpu::CpuReader;
 use gleaner::cuda::{CudaDevice, ExternalStream};
-use gleaner::plan::Plan;
 use gleaner::reader::{Detail, Reader, StepReport};
 use gleaner::{AskParams, Device, Document, Engine, Error};
 
-use super::common::{DEMO, demo_dir, noise_plan, root};
+use super::common::{DEMO, demo_dir, noise_plan, reports, root};
 use super::{SCORE_TOLERANCE, cuda_reader};
-
-fn reports(reader: &dyn Reader, plan: &Plan, detail: Detail) -> Vec<StepReport> {
-    let mut reports = Vec::new();
-    let keep = &mut |report: &StepReport| {
-        reports.push(report.clone());
-        ControlFlow::Continue(())
-    };
-    reader.read_with(plan, detail, keep).unwrap();
-    reports
-}
 
 /// With graphs and without: one more copy back, whatever the number of steps, and nothing else changes.
 #[test]

@@ -12,6 +12,7 @@ use serde_json::{Map, json};
 use super::super::Failure;
 use super::case::{BadRow, Case, Row, Score};
 use super::file_error;
+use super::rows;
 use super::run::{self, RunArgs};
 
 #[derive(clap::Args)]
@@ -68,12 +69,7 @@ fn row(args: &QaArgs, number: usize, text: &str) -> Row {
         let error = format!("{}:{number}: {error}", args.file.display());
         BadRow { id: id.into(), task: task.clone(), error }
     };
-    let line: Line = serde_json::from_str(text).map_err(|error| {
-        // The parser counts lines of its own.
-        let message = error.to_string();
-        let message = message.split(" at line ").next().unwrap_or_default();
-        bad(&unnamed, format!("{message} (column {})", error.column()))
-    })?;
+    let line: Line = serde_json::from_str(text).map_err(|error| bad(&unnamed, rows::without_line(&error)))?;
     let id = line.id.clone().unwrap_or(unnamed);
     case(args, line).map(|case| Case { id: id.clone(), task: task.clone(), ..case }).map_err(|error| bad(&id, error))
 }

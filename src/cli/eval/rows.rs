@@ -87,7 +87,7 @@ pub fn fields<T: DeserializeOwned>(row: Value) -> Result<T, String> {
 }
 
 /// To the parser a line of the file is its line 1, which only misleads.
-fn without_line(error: &serde_json::Error) -> String {
+pub fn without_line(error: &serde_json::Error) -> String {
     let text = error.to_string();
     let reason = text.rfind(" at line ").map_or(text.as_str(), |at| &text[..at]);
     format!("{reason} at column {}", error.column())
