@@ -23,7 +23,7 @@ mod gpu {
 
     use cudarc::driver::{CudaSlice, DeviceRepr, DriverError};
     use gleaner::cuda::ops::{
-        AttentionParts, DeviceLinear, DevicePlan, Heads, Norm, Rotation, Rows, Shift, StepBuffers,
+        AttentionParts, DeviceLinear, DevicePlan, Heads, Norm, Normed, Residual, Rotation, Rows, Shift, StepBuffers,
     };
     use gleaner::cuda::{self, CublasLt, CudaDevice};
     use gleaner::model::{Config, RopeTable, SHAPES};
@@ -104,6 +104,21 @@ mod gpu {
             Ok(DeviceLinear::new(self.random(n * k)?, bias, n, k))
         }
 
+        /// A residual stream whose rows have a mean square of 1.
+        fn stream(&self, rows: usize) -> Result<Residual> {
+            let hidden = self.config.hidden_size;
+            let mut stream = Residual::new(self.device, rows, hidden)?;
+            stream.scaled = self.random(rows * hidden)?;
+            let slots = stream.squares.len() / rows;
+            stream.squares = self.upload(&vec![(hidden / slots) as f32; rows * slots])?;
+            Ok(stream)
+        }
+
+        /// A row of it.
+        fn row(&self, width: usize) -> Result<CudaSlice<f32>> {
+            self.upload(&self.noise[..width].iter().map(|x| x.to_f32()).collect::<Vec<_>>())
+        }
+
         fn heads(&self) -> Heads {
             let config = &self.config;
             Heads { q: config.num_attention_heads, kv: config.num_key_value_heads, dim: config.head_dim, window: 0 }
@@ -180,8 +195,8 @@ mod gpu {
             let (q_dim, qkv) = (config.q_dim(), heads.qkv_columns());
             let ints = self.upload(&[rows as i32])?;
             let count = Rows { ints: &ints, index: 0, max: rows };
-            let by_row = Work::Elementwise { width: hidden };
-            let kernel = |name| Kernel { name, dims: [rows, hidden, 1], work: by_row, product: false };
+            let by_row = Work::Elementwise { width: 2 * hidden };
+            let kernel = Kernel { name: "embed", dims: [rows, hidden, 1], work: by_row, product: false };
             let product = |name, n, k, work: fn(usize, usize) -> Work| Kernel {
                 name,
                 dims: [rows, n, k],
@@ -191,20 +206,18 @@ mod gpu {
 
             let embedding = self.random(config.vocab_size * hidden)?;
             let prompts = random_tokens(rows, config.vocab_size);
-            self.measure(kernel("embed"), || {
-                let (mut x, prompt) = (device.zeros(rows * hidden)?, self.upload(&prompts)?);
-                let embedding = &embedding;
-                Ok(Box::new(move || device.embed(&mut x, &prompt, embedding, count, hidden)))
-            })?;
-            self.measure(kernel("rms_norm"), || {
-                let (mut out, x) = (device.zeros(rows * hidden)?, self.random(rows * hidden)?);
-                let weight = self.random(hidden)?;
-                Ok(Box::new(move || device.rms_norm(&mut out, &x, &weight, count, hidden, eps)))
+            let norm = self.random(hidden)?;
+            self.measure(kernel, || {
+                let (mut stream, prompt) = (Residual::new(device, rows, hidden)?, self.upload(&prompts)?);
+                let (embedding, norm) = (&embedding, &norm);
+                Ok(Box::new(move || device.embed(&mut stream, &prompt, embedding, norm, count, hidden)))
             })?;
             self.measure(product("gemm_rope qkv", qkv, hidden, Work::product), || {
-                let (mut out, a) = (device.zeros(rows * qkv)?, self.random(rows * hidden)?);
+                let (mut out, stream) = (device.zeros(rows * qkv)?, self.stream(rows)?);
                 let (linear, rotation) = (self.linear(qkv, hidden, config.qkv_bias)?, self.rotation());
-                Ok(Box::new(move || device.gemm_rope(&mut out, &a, &linear, rotation, count, None)))
+                Ok(Box::new(move || {
+                    device.gemm_rope(&mut out, Normed { residual: &stream, eps }, &linear, rotation, count, None)
+                }))
             })?;
             let attention = Kernel {
                 name: "attention",
@@ -218,15 +231,15 @@ mod gpu {
             })?;
             for (name, k) in [("gemm_residual o", q_dim), ("gemm_residual down", intermediate)] {
                 self.measure(product(name, hidden, k, Work::residual), || {
-                    let (mut x, a) = (self.random(rows * hidden)?, self.random(rows * k)?);
-                    let linear = self.linear(hidden, k, false)?;
-                    Ok(Box::new(move || device.gemm_residual(&mut x, &a, &linear, count)))
+                    let (mut stream, a) = (self.stream(rows)?, self.random(rows * k)?);
+                    let (linear, norm) = (self.linear(hidden, k, false)?, &norm);
+                    Ok(Box::new(move || device.gemm_residual(&mut stream, &a, &linear, norm, count)))
                 })?;
             }
             self.measure(product("gemm_swiglu gate_up", 2 * intermediate, hidden, Work::swiglu), || {
-                let (mut out, a) = (device.zeros(rows * intermediate)?, self.random(rows * hidden)?);
+                let (mut out, stream) = (device.zeros(rows * intermediate)?, self.stream(rows)?);
                 let linear = self.linear(2 * intermediate, hidden, false)?;
-                Ok(Box::new(move || device.gemm_swiglu(&mut out, &a, &linear, count)))
+                Ok(Box::new(move || device.gemm_swiglu(&mut out, Normed { residual: &stream, eps }, &linear, count)))
             })?;
             self.score_and_select(rows)
         }
@@ -300,7 +313,7 @@ mod gpu {
             };
             let cache = (POSITION + 1) * qkv;
             self.measure(kernel("gemv_rope qkv", qkv, hidden, Work::product), || {
-                let (mut out, a) = (device.zeros(cache)?, self.random(hidden)?);
+                let (mut out, a) = (device.zeros(cache)?, self.row(hidden)?);
                 let (linear, rotation) = (self.linear(qkv, hidden, config.qkv_bias)?, self.rotation());
                 Ok(Box::new(move || device.gemv_rope(&mut out, &a, norm, &linear, rotation, position)))
             })?;
@@ -317,18 +330,18 @@ mod gpu {
             })?;
             for (name, k) in [("gemv_residual o", q_dim), ("gemv_residual down", intermediate)] {
                 self.measure(kernel(name, hidden, k, Work::residual), || {
-                    let (mut x, a, linear) = (self.random(hidden)?, self.random(k)?, self.linear(hidden, k, false)?);
+                    let (mut x, a, linear) = (self.row(hidden)?, self.random(k)?, self.linear(hidden, k, false)?);
                     Ok(Box::new(move || device.gemv_residual(&mut x, &a, &linear)))
                 })?;
             }
             self.measure(kernel("gemv_swiglu gate_up", 2 * intermediate, hidden, Work::swiglu), || {
-                let (mut out, a) = (device.zeros(intermediate)?, self.random(hidden)?);
+                let (mut out, a) = (device.zeros(intermediate)?, self.row(hidden)?);
                 let linear = self.linear(2 * intermediate, hidden, false)?;
                 Ok(Box::new(move || device.gemv_swiglu(&mut out, &a, norm, &linear)))
             })?;
             self.measure(kernel("gemv_logits", vocab, hidden, Work::fp32_product), || {
                 let (mut out, mut best) = (device.zeros(vocab)?, device.zeros(1)?);
-                let (a, weight) = (self.random(hidden)?, self.random(vocab * hidden)?);
+                let (a, weight) = (self.row(hidden)?, self.random(vocab * hidden)?);
                 Ok(Box::new(move || device.gemv_logits(&mut out, &mut best, &a, norm, &weight, [vocab, vocab])))
             })
         }

@@ -280,7 +280,7 @@ template <int kHeadDim>
 int32_t launch(const void *qkv, const Args &args, int max_rows, void *stream) {
     const int columns = (args.num_heads + 2 * args.num_kv_heads) * kHeadDim;
     CUtensorMap map;
-    if (const int32_t status = make_tensor_map(&map, qkv, max_rows, columns, kRows)) return status;
+    if (const int32_t status = make_tensor_map(&map, static_cast<const bf16 *>(qkv), max_rows, columns, kRows)) return status;
     int device, multiprocessors;
     cudaError_t status = cudaGetDevice(&device);
     if (status == cudaSuccess)

@@ -8,24 +8,76 @@
 
 struct Nothing {};
 
-// Adds to what stands there: one rounding for product and sum.
-struct Residual {
-    bf16 *out;
-    int out_stride;
-    static constexpr int kWords = 2;
-    struct Loaded {
-        uint32_t low, high;
-    };
-    __device__ Loaded load(int row, int column) const {
-        const auto *at = reinterpret_cast<const uint32_t *>(out + static_cast<size_t>(row) * out_stride + column);
-        return {at[0], at[4]};
-    }
-    __device__ void apply(uint32_t (&words)[2], int, const float (&low)[2], const float (&high)[2], Loaded old) const {
-        const float2 old_low = unpack(old.low), old_high = unpack(old.high);
-        words[0] = pack(old_low.x + low[0], old_low.y + low[1]);
-        words[1] = pack(old_high.x + high[0], old_high.y + high[1]);
+// What is left of the norm of the rows that a product is made of, which come multiplied with its weights: a factor for
+// each row, which the row of the product takes as well.
+struct RowNorm {
+    const float *squares;  // [*, slots]: their sum over a row is that of the squares of the row before the norm
+    int slots;
+    float width, eps;
+
+    // Of one row, which the four lanes of a quad ask for together.
+    __device__ float factor(int row) const {
+        const auto *at = reinterpret_cast<const float4 *>(squares + static_cast<size_t>(row) * slots) + threadIdx.x % 4;
+        float sum = 0.f;
+#pragma unroll 2
+        for (int i = 0; i < slots / 16; ++i) {
+            const float4 part = __ldg(at + i * 4);
+            sum += part.x + part.y + (part.z + part.w);
+        }
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        return rsqrtf(sum / width + eps);
     }
 };
+
+constexpr int kSlotColumns = 32;  // of x, the squares of which go to one slot at most
+
+// Adds to the residual stream x. What comes out is for the next product: x times the weights of the norm before it.
+struct Residual {
+    bf16 *out;
+    float *x;
+    float *squares;    // as in RowNorm
+    const bf16 *norm;  // [out_stride]
+    int out_stride, slots;
+    static constexpr int kWords = 2;
+    struct Loaded {
+        float2 low, high;
+    };
+    __device__ float2 *at(int row, int column) const {
+        return reinterpret_cast<float2 *>(x + static_cast<size_t>(row) * out_stride + column);
+    }
+    __device__ Loaded load(int row, int column) const { return {at(row, column)[0], at(row, column)[4]}; }
+    __device__ void store_x(int row, int column, const Loaded &sum) const {
+        at(row, column)[0] = sum.low, at(row, column)[4] = sum.high;
+    }
+    __device__ static Loaded add(const float (&low)[2], const float (&high)[2], const Loaded &old) {
+        return {{old.low.x + low[0], old.low.y + low[1]}, {old.high.x + high[0], old.high.y + high[1]}};
+    }
+    __device__ static float square(const Loaded &sum) {
+        return sum.low.x * sum.low.x + sum.low.y * sum.low.y + (sum.high.x * sum.high.x + sum.high.y * sum.high.y);
+    }
+    __device__ void apply(uint32_t (&words)[2], int column, const Loaded &sum) const {
+        const float2 low = unpack(__ldg(reinterpret_cast<const uint32_t *>(norm + column)));
+        const float2 high = unpack(__ldg(reinterpret_cast<const uint32_t *>(norm + column + 8)));
+        words[0] = pack(sum.low.x * low.x, sum.low.y * low.y);
+        words[1] = pack(sum.high.x * high.x, sum.high.y * high.y);
+    }
+    // Stores the sum of the squares of `columns` columns of a row, of which each lane of a quad brings a part.
+    __device__ void store_square(int row, int first_column, int columns, float part, bool alive) const {
+        part += __shfl_xor_sync(0xffffffffu, part, 1);
+        part += __shfl_xor_sync(0xffffffffu, part, 2);
+        for (int slot = threadIdx.x % 4; alive && slot < columns / kSlotColumns; slot += 4)
+            if (first_column / kSlotColumns + slot < slots)
+                squares[static_cast<size_t>(row) * slots + first_column / kSlotColumns + slot] = slot == 0 ? part : 0.f;
+    }
+};
+
+// Off by a few units of 2^-24, and right at both ends.
+__device__ inline float silu(float x) {
+    float reciprocal;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(1.f + exp2_fast(x * -1.44269504f)));
+    return x * reciprocal;
+}
 
 // Columns come as 8 of the gate, 8 of the up projection, and so on: silu(gate) * up leaves half of them.
 struct SwiGlu {
@@ -35,10 +87,7 @@ struct SwiGlu {
     using Loaded = Nothing;
     __device__ Nothing load(int, int) const { return {}; }
     __device__ void apply(uint32_t (&words)[1], int, const float (&gate)[2], const float (&up)[2], Nothing) const {
-        // The fast division is off by two units of 2^-24 at most, and right at both ends.
-        const float h0 = __fdividef(gate[0], 1.f + __expf(-gate[0])) * up[0];
-        const float h1 = __fdividef(gate[1], 1.f + __expf(-gate[1])) * up[1];
-        words[0] = pack(h0, h1);
+        words[0] = pack(silu(gate[0]) * up[0], silu(gate[1]) * up[1]);
     }
 };
 

@@ -5,6 +5,8 @@
 // slot p ^ (r / 2 % 4), so that the eight rows that one ldmatrix reads lie in different banks.
 //
 // Rows at and beyond the live count are read as zeros and never written; CTAs without a live row end at once.
+#include <type_traits>
+
 #include "common.cuh"
 #include "epilogue.cuh"
 #include "kernels.h"
@@ -25,6 +27,7 @@ struct Operands {
     const bf16 *bias;    // [n] or null
     const int32_t *rows;
     const int32_t *row_start;  // first row of a, or null for 0
+    RowNorm norm;              // for all but Residual
     int n, k;
 };
 
@@ -89,6 +92,13 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(Operands operands, Ep
     }
     copy_wait<0>();
 
+    constexpr int kRows = kFragmentsM * 2;  // of a lane
+    constexpr bool kResidual = std::is_same_v<Epilogue, Residual>;
+    auto row_of = [&](int i) { return m0 + warp_m + i * 8 + lane / 4; };
+    [[maybe_unused]] float factors[kRows], squares[kRows] = {};
+    if constexpr (!kResidual)
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) factors[i] = operands.norm.factor(row_start + min(row_of(i), rows - 1));
 #pragma unroll
     for (int j = 0; j < kFragmentsN; j += 2) {
         const int column = n0 + warp_n + j * 8 + lane % 4 * 2;
@@ -99,26 +109,36 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(Operands operands, Ep
             bias_high = unpack(*reinterpret_cast<const uint32_t *>(operands.bias + column + 8));
         }
         // Asked for before anything is written, or each load would wait for the stores before it.
-        typename Epilogue::Loaded loaded[kFragmentsM * 2];
+        typename Epilogue::Loaded loaded[kRows];
 #pragma unroll
-        for (int i = 0; i < kFragmentsM * 2; ++i) {
-            const int row = m0 + warp_m + i * 8 + lane / 4;
-            if (row < rows) loaded[i] = epilogue.load(row, column);
-        }
+        for (int i = 0; i < kRows; ++i)
+            if (row_of(i) < rows) loaded[i] = epilogue.load(row_of(i), column);
 #pragma unroll
-        for (int i = 0; i < kFragmentsM; ++i) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int row = m0 + warp_m + i * 16 + half * 8 + lane / 4;
-                if (row >= rows) continue;
-                const float low[2] = {c[i][j][half * 2] + bias_low.x, c[i][j][half * 2 + 1] + bias_low.y};
-                const float high[2] = {c[i][j + 1][half * 2] + bias_high.x, c[i][j + 1][half * 2 + 1] + bias_high.y};
-                uint32_t words[Epilogue::kWords];
-                epilogue.apply(words, column, low, high, loaded[i * 2 + half]);
-                store(epilogue, row, column, words);
+        for (int i = 0; i < kRows; ++i) {
+            const int row = row_of(i);
+            if (row >= rows) continue;
+            float *low_at = c[i / 2][j] + i % 2 * 2, *high_at = c[i / 2][j + 1] + i % 2 * 2;
+            if constexpr (!kResidual) {
+                low_at[0] *= factors[i], low_at[1] *= factors[i];
+                high_at[0] *= factors[i], high_at[1] *= factors[i];
             }
+            const float low[2] = {low_at[0] + bias_low.x, low_at[1] + bias_low.y};
+            const float high[2] = {high_at[0] + bias_high.x, high_at[1] + bias_high.y};
+            uint32_t words[Epilogue::kWords];
+            if constexpr (kResidual) {
+                const auto sum = epilogue.add(low, high, loaded[i]);
+                epilogue.store_x(row, column, sum);
+                epilogue.apply(words, column, sum);
+                squares[i] += epilogue.square(sum);
+            } else {
+                epilogue.apply(words, column, low, high, loaded[i]);
+            }
+            store(epilogue, row, column, words);
         }
     }
+    if constexpr (kResidual)
+        for (int i = 0; i < kRows; ++i)
+            epilogue.store_square(row_of(i), n0 + warp_n, kWarpN, squares[i], row_of(i) < rows);
 }
 
 template <class Epilogue>
@@ -132,28 +152,36 @@ int32_t launch(const Operands &operands, const Epilogue &epilogue, int max_rows,
 }
 
 Operands operands_of(const void *a, const void *weight, const void *bias, const int32_t *rows, const int32_t *row_start,
-                     int32_t n, int32_t k) {
+                     const RowNorm &norm, int32_t n, int32_t k) {
     return {static_cast<const bf16 *>(a), static_cast<const bf16 *>(weight), static_cast<const bf16 *>(bias), rows,
-            row_start, n, k};
+            row_start, norm, n, k};
+}
+
+RowNorm norm_of(const float *squares, int32_t k, float eps) {
+    return {squares, GLEANER_SQUARES(k), static_cast<float>(k), eps};
 }
 
 }  // namespace
 
-extern "C" int32_t gleaner_gemm_residual(void *x, const void *a, const void *weight, const void *bias,
-                                         const int32_t *rows, int32_t max_rows, int32_t n, int32_t k, void *stream) {
-    const Residual residual{static_cast<bf16 *>(x), n};
-    return launch(operands_of(a, weight, bias, rows, nullptr, n, k), residual, max_rows, stream);
+extern "C" int32_t gleaner_gemm_residual(float *x, void *scaled, float *squares, const void *a, const void *weight,
+                                         const void *bias, const void *norm, const int32_t *rows, int32_t max_rows,
+                                         int32_t n, int32_t k, void *stream) {
+    const Residual residual{static_cast<bf16 *>(scaled), x, squares, static_cast<const bf16 *>(norm), n,
+                            GLEANER_SQUARES(n)};
+    return launch(operands_of(a, weight, bias, rows, nullptr, {}, n, k), residual, max_rows, stream);
 }
 
-extern "C" int32_t gleaner_gemm_swiglu(void *out, const void *a, const void *weight, const void *bias,
-                                       const int32_t *rows, int32_t max_rows, int32_t n, int32_t k, void *stream) {
+extern "C" int32_t gleaner_gemm_swiglu(void *out, const void *a, const float *squares, const void *weight,
+                                       const void *bias, const int32_t *rows, int32_t max_rows, int32_t n, int32_t k,
+                                       float eps, void *stream) {
     const SwiGlu swiglu{static_cast<bf16 *>(out), n / 2};
-    return launch(operands_of(a, weight, bias, rows, nullptr, n, k), swiglu, max_rows, stream);
+    return launch(operands_of(a, weight, bias, rows, nullptr, norm_of(squares, k, eps), n, k), swiglu, max_rows, stream);
 }
 
-extern "C" int32_t gleaner_gemm_rope(void *out, const void *a, const void *weight, const void *bias, const void *table,
-                                     const int32_t *rows, const int32_t *row_start, int32_t max_rows, int32_t n,
-                                     int32_t k, int32_t head_dim, int32_t rope_columns, void *stream) {
+extern "C" int32_t gleaner_gemm_rope(void *out, const void *a, const float *squares, const void *weight,
+                                     const void *bias, const void *table, const int32_t *rows, const int32_t *row_start,
+                                     int32_t max_rows, int32_t n, int32_t k, int32_t head_dim, int32_t rope_columns,
+                                     float eps, void *stream) {
     const Rope rope{static_cast<bf16 *>(out), static_cast<const float2 *>(table), row_start, n, head_dim, rope_columns};
-    return launch(operands_of(a, weight, bias, rows, row_start, n, k), rope, max_rows, stream);
+    return launch(operands_of(a, weight, bias, rows, row_start, norm_of(squares, k, eps), n, k), rope, max_rows, stream);
 }

@@ -1,326 +1,343 @@
-// out = epilogue(a w^T) on Hopper: the linear layers with its copy engine and warpgroup products.
+// out = epilogue(a w^T) on Hopper: the linear layers but gate and up.
 //
-// Two CTAs on neighbouring multiprocessors, a cluster, walk together over pairs of tiles of the output: rows below each
-// other, the same columns of it, so that each fetches half of the weights for both. The first warpgroup of a CTA copies:
-// one thread fills a ring of stages of 64 columns of a and of the weight. The two others multiply, and hold the
-// next stage in flight while they wait for the one before. They share a tile, 64 rows each, or take whole tiles in turns, so
-// that one stores while the other multiplies: what pays where tiles are many and the epilogue is long.
-//
-// A tile is 128 rows by 128, 192 or 256 columns. Wide tiles move fewer bytes a product, narrow ones fill the last wave
-// better; which costs least depends on the number of live rows, so that the device chooses.
-//
-// Rows of a beyond the live count may hold anything: a row of a touches its own row of the product alone. They are never
-// written, and pairs of tiles without a live row do not exist.
-#include "epilogue.cuh"
-#include "hopper.cuh"
+// The warpgroups that multiply share a tile. A layer has few tiles, often one a CTA, so that everything beside the product
+// shows: above all code that runs once and has to be fetched first, and waiting for what the epilogue reads. So the latter
+// comes through the ring behind the last stage of the product; a warp brings its sums through shared memory, 32 columns at a
+// time; and what follows is one short loop over rows of them.
+#include "gemm_sm90.cuh"
 #include "kernels.h"
 
 namespace {
 
-constexpr int kTileM = 128, kTileK = kBoxColumns;
-constexpr int kCluster = 2;       // CTAs
-constexpr int kWeightBox = 32;    // rows of the weight in a copy
-constexpr int kABytes = kTileM * kTileK * 2, kWeightBoxBytes = kWeightBox * kTileK * 2;
-constexpr int kThreads = 384;
-constexpr int kRingBytes = 200 * 1024, kMaxStages = 6;
-constexpr int kSharedBytes = kRingBytes + 1024;  // the ring starts at a multiple of 1024
+// Where a warp's sums are turned from the order of the tensor cores into rows: 16 of 32 columns, padded so that the writes of
+// a quarter of a warp meet no bank twice.
+constexpr int kChunk = 32, kPitchBytes = (kChunk + 8) * 4, kStagingBytes = 16 * kPitchBytes;
+// What an epilogue reads is a matrix of fp32, a chunk of columns of which lies in rows of so many bytes.
+constexpr int kSideRowBytes = kChunk * 4;
+template <class T>
+constexpr int kChunksOfStage = T::kStageBytes / (T::m * kSideRowBytes);
 
-// How the two warpgroups that multiply share work. A tile costs its columns for each 64 of k, and kTileCost.
-struct Together {
-    static constexpr bool kInTurns = false;
-    static constexpr int kTileCost = 300;
+constexpr int kTileCost = 400;  // as Menu takes it
+
+// Warpgroups that multiply, 64 rows of a tile each, and what that leaves them: registers, and memory for stages.
+struct Two {
+    static constexpr int kGroups = 2, kRingBytes = 200 * 1024, kRegisters = 232, kCopyRegisters = 40;
+    using Tiles = Menu<kTileCost, Tile<128, 128, kRingBytes>, Tile<128, 192, kRingBytes>, Tile<128, 256, kRingBytes>>;
 };
-struct InTurns {
-    static constexpr bool kInTurns = true;
-    static constexpr int kTileCost = 30;
+// The third has work in the largest tile alone.
+struct Three {
+    static constexpr int kGroups = 3, kRingBytes = 192 * 1024, kRegisters = 160, kCopyRegisters = 32;
+    using Tiles = Menu<kTileCost, Tile<128, 128, kRingBytes>, Tile<128, 192, kRingBytes>, Tile<192, 192, kRingBytes>>;
 };
+template <class Groups>
+constexpr int kThreads = (Groups::kGroups + 1) * 128;
 
-// Rope for heads of one size: what it loads repeats.
-template <int kHeadDim>
-struct HeadRope : Rope {};
-
-// Groups of 16 columns after which what an epilogue loads repeats.
-template <class Epilogue>
-constexpr int kPeriod = INT32_MAX;
-template <int kHeadDim>
-constexpr int kPeriod<HeadRope<kHeadDim>> = kHeadDim / 16;
-
-// Sums, and what the epilogue asks for early, must fit the registers.
-template <class Groups, class Epilogue>
-constexpr int kMaxTileN = Groups::kInTurns || sizeof(typename Epilogue::Loaded) > 8 ? 192 : 256;
-
-template <int kTileN>
-constexpr int kStageBytes = (kTileM + kTileN) * kTileK * 2;
-template <int kTileN>
-constexpr int kStages = kRingBytes / kStageBytes<kTileN>;
-static_assert(kStages<128> == kMaxStages);
-
-struct Operands {
-    const bf16 *bias;  // [n] or null
-    const int32_t *rows;
-    const int32_t *row_start;  // first row of a, or null for 0
-    int n, k;
-};
-
-// The work of all clusters: pairs of tiles, those of one tile of the weight after the other.
-struct Schedule {
-    int rows, row_start, k_tiles, pairs_m;
-    int tile_n, pairs;
-    __device__ int cluster() const { return blockIdx.x / kCluster; }
-    __device__ int clusters() const { return gridDim.x / kCluster; }
-    __device__ int row(int pair) const { return (pair % pairs_m * kCluster + cluster_rank()) * kTileM; }
-    template <int kTileN>
-    __device__ int column(int pair) const {
-        return pair / pairs_m * kTileN;
-    }
-};
-
-// With the tile width that takes the least time.
-template <class Groups, class Epilogue>
-__device__ Schedule schedule_of(const Operands &operands) {
-    const int rows = *operands.rows, row_start = operands.row_start ? *operands.row_start : 0;
-    Schedule best{rows, row_start, divide_up(operands.k, kTileK), divide_up(rows, kTileM * kCluster), 0, 0};
-    const int clusters = gridDim.x / kCluster;
-    int least = INT32_MAX;
-#pragma unroll
-    for (int tile_n = 128; tile_n <= kMaxTileN<Groups, Epilogue>; tile_n += 64) {
-        const int pairs = best.pairs_m * divide_up(operands.n, tile_n);
-        const int cost = divide_up(pairs, clusters) * (best.k_tiles * tile_n + Groups::kTileCost);
-        if (cost >= least) continue;
-        least = cost, best.tile_n = tile_n, best.pairs = pairs;
-    }
-    return best;
+__device__ inline float4 load_shared(uint32_t address) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address));
+    return v;
 }
 
-template <int kTileN>
-struct Tile {
-    static constexpr int n = kTileN;
-};
-
-// Calls `run` with the tile chosen.
-template <int kMaxTileN, class Run>
-__device__ void with_tile(const Schedule &schedule, const Run &run) {
-    if (schedule.tile_n == 128) return run(Tile<128>{});
-    if (kMaxTileN == 192 || schedule.tile_n == 192) return run(Tile<192>{});
-    if constexpr (kMaxTileN == 256) run(Tile<256>{});
+__device__ inline void store_shared(uint32_t address, float x, float y) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
 }
 
-template <int kTileN>
-__device__ void produce(const CUtensorMap *a_map, const CUtensorMap *weight_map, const Schedule &schedule,
-                        uint32_t ring, uint32_t full, uint32_t empty) {
-    constexpr int kHalf = kTileN / kCluster;
-    const int first = cluster_rank() * kHalf;
-    Ring<kStages<kTileN>> at;
-    for (int pair = schedule.cluster(); pair < schedule.pairs; pair += schedule.clusters()) {
-        const int row = schedule.row_start + schedule.row(pair), column = schedule.column<kTileN>(pair);
-        for (int k_tile = 0; k_tile < schedule.k_tiles; ++k_tile, at.next()) {
-            const uint32_t stage = ring + at.stage * kStageBytes<kTileN>, barrier = full + at.stage * 8;
-            // Both CTAs have read the stage, for half of what is copied goes to the other's.
-            barrier_wait(empty + at.stage * 8, at.parity ^ 1);
-            barrier_expect(barrier, kStageBytes<kTileN>);
-            copy_box(stage, a_map, row, k_tile * kTileK, barrier);
+__device__ inline uint2 load_four(const bf16 *from, int at) {
+    return __ldg(reinterpret_cast<const uint2 *>(from + at));
+}
+
+__device__ inline float4 unpack_four(uint2 bits) {
+    const float2 low = unpack(bits.x), high = unpack(bits.y);
+    return {low.x, low.y, high.x, high.y};
+}
+
+__device__ inline void store_four(bf16 *to, float4 v) {
+    *reinterpret_cast<uint2 *>(to) = {pack(v.x, v.y), pack(v.z, v.w)};
+}
+
+// a * factor + b
+__device__ inline float4 scaled_sum(float4 a, float factor, float4 b) {
+    return {a.x * factor + b.x, a.y * factor + b.y, a.z * factor + b.z, a.w * factor + b.w};
+}
+
+// Piece `piece` of 16 bytes of a row of a box.
+__device__ inline float4 load_side(uint32_t box, int row, int piece) {
+    return load_shared(box + row * (kChunk * 4) + (piece ^ row % 8) * 16);
+}
+
+// Where a row starts. Neither number is negative, which saves a register each.
+__device__ inline size_t start_of(int row, int width) {
+    return static_cast<size_t>(static_cast<uint32_t>(row)) * static_cast<uint32_t>(width);
+}
+
+// An epilogue is for the 16 rows of a warp from `row` on, of which each thread has some. `staged` is where the sums of a chunk
+// lie, `side` where what belongs to them does. n is a multiple of 16.
+
+// Eight threads a row, with four columns each.
+struct AddToStream {
+    float *x;
+    bf16 *scaled;
+    float *squares;
+    const bf16 *norm, *bias;
+    int slots, n, rows = 0, row_start = 0;
+    struct OfTile {
+        float square[4] = {};
+    };
+    struct Loaded {
+        uint2 norm, bias;
+    };
+    __device__ static int row_of(int i) { return threadIdx.x % 32 / 8 + i * 4; }
+    __device__ OfTile load_tile(int) const { return {}; }
+    __device__ Loaded load(int chunk_column) const {
+        const int column = min(chunk_column + static_cast<int>(threadIdx.x) % 8 * 4, n - 4);
+        return {load_four(norm, column), bias ? load_four(bias, column) : uint2{}};
+    }
+    __device__ void finish(uint32_t staged, uint32_t side, int row, int chunk_column, OfTile &of_tile,
+                           const Loaded &loaded) const {
+        const int part = threadIdx.x % 8, column = chunk_column + part * 4;
+        const float4 weights = unpack_four(loaded.norm), bias_four = unpack_four(loaded.bias);
+        float4 sums[4];
 #pragma unroll
-            for (int box = first; box < first + kHalf; box += kWeightBox)
-                copy_box_to(stage + kABytes + box / kWeightBox * kWeightBoxBytes, weight_map, column + box,
-                            k_tile * kTileK, barrier, (1 << kCluster) - 1);
+        for (int i = 0; i < 4; ++i) {
+            sums[i] = scaled_sum(load_shared(staged + row_of(i) * kPitchBytes + part * 16), 1.f, bias_four);
+            sums[i] = scaled_sum(load_side(side, row_of(i), part), 1.f, sums[i]);
+        }
+        const bool inside = column < n;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float4 sum = sums[i];
+            const bool alive = inside && row + row_of(i) < rows;
+            const size_t at = start_of(row + row_of(i), n) + column;
+            if (alive) *reinterpret_cast<float4 *>(x + at) = sum;
+            if (alive)
+                store_four(scaled + at, {sum.x * weights.x, sum.y * weights.y, sum.z * weights.z, sum.w * weights.w});
+            const float square = sum.x * sum.x + sum.y * sum.y + (sum.z * sum.z + sum.w * sum.w);
+            of_tile.square[i] += inside ? square : 0.f;
         }
     }
+    // All of a tile's squares go to its first slot.
+    __device__ void finish_tile(int row, int tile_column, int columns, OfTile &of_tile) const {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int offset = 4; offset > 0; offset /= 2)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) of_tile.square[i] += __shfl_xor_sync(0xffffffffu, of_tile.square[i], offset);
+        const int slot = tile_column / kSlotColumns + lane % 8;
+        if (lane % 8 >= columns / kSlotColumns || slot >= slots) return;
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (row + row_of(i) < rows)
+                squares[start_of(row + row_of(i), slots) + slot] = lane % 8 == 0 ? of_tile.square[i] : 0.f;
+    }
+    __device__ int side_column(int chunk_column) const { return chunk_column; }
+};
+
+// Four threads a row, two rows each, eight apart. Of them a thread has four columns, and the four that lie eight further.
+__device__ inline int quad_row(int i) { return threadIdx.x % 32 / 4 + i * 8; }
+__device__ inline int quad_column(int chunk_column) {
+    return chunk_column + threadIdx.x % 4 / 2 * 16 + threadIdx.x % 2 * 4;
+}
+struct QuadSums {
+    float4 low, high;
+};
+__device__ inline QuadSums quad_sums(uint32_t staged, int i, float factor, const uint2 (&bias)[2]) {
+    const uint32_t at = staged + quad_row(i) * kPitchBytes + quad_column(0) * 4;
+    return {scaled_sum(load_shared(at), factor, unpack_four(bias[0])),
+            scaled_sum(load_shared(at + 32), factor, unpack_four(bias[1]))};
 }
 
-// Stores the two rows of a tile that this thread holds sums of, eight apart: two of each group of eight columns.
-template <int kTileN, int kUnique, bool kBias, class Epilogue>
-__device__ void finish(const Operands &operands, const Epilogue &epilogue, const float (&c)[kTileN / 2],
-                       const typename Epilogue::Loaded (&loaded)[kUnique][2], int row, int rows, int tile_column) {
-    constexpr int kWords = Epilogue::kWords;
-    const int lane = threadIdx.x % 32, first_column = tile_column + lane % 4 * 2;
-    // Four groups of eight columns of the output at a time, each lane to store one of them.
-    constexpr int kPairs = 4 / kWords;  // of groups of the product
+// Heads in the columns below rope_columns are rotated by angles that come as cosines and sines by turns, [positions,
+// head_dim].
+struct RotateHeads {
+    bf16 *out;
+    const bf16 *bias;
+    RowNorm norm;
+    int head_dim, rope_columns, n, rows = 0, row_start = 0;
+    struct OfTile {
+        float factors[2];
+    };
+    struct Loaded {
+        uint2 bias[2];
+    };
+    __device__ OfTile load_tile(int row) const {
+        OfTile of_tile;
 #pragma unroll
-    for (int j = 0; j < kTileN / 16; j += kPairs) {
+        for (int i = 0; i < 2; ++i) of_tile.factors[i] = norm.factor(row_start + min(row + quad_row(i), rows - 1));
+        return of_tile;
+    }
+    __device__ Loaded load(int chunk_column) const {
+        const int column = min(quad_column(chunk_column), n - 12);
+        if (!bias) return {};
+        return {load_four(bias, column), load_four(bias, column + 8)};
+    }
+    __device__ void finish(uint32_t staged, uint32_t side, int row, int chunk_column, OfTile &of_tile,
+                           const Loaded &loaded) const {
+        const int column = quad_column(chunk_column), piece = threadIdx.x % 4 * 2;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            uint32_t words[4];
+        for (int i = 0; i < 2; ++i) {
+            const auto [low, high] = quad_sums(staged, i, of_tile.factors[i], loaded.bias);
+            float4 a = load_side(side, quad_row(i), piece), b = load_side(side, quad_row(i), piece + 1);
+            if (column >= rope_columns) a = b = {1.f, 0.f, 1.f, 0.f};
+            bf16 *to = out + start_of(row + quad_row(i), n) + column;
+            if (row + quad_row(i) >= rows || column >= n) continue;
+            store_four(to, {low.x * a.x - high.x * a.y, low.y * a.z - high.y * a.w, low.z * b.x - high.z * b.y,
+                            low.w * b.z - high.w * b.w});
+            store_four(to + 8, {high.x * a.x + low.x * a.y, high.y * a.z + low.y * a.w, high.z * b.x + low.z * b.y,
+                                high.w * b.z + low.w * b.w});
+        }
+    }
+    __device__ void finish_tile(int, int, int, OfTile &) const {}
+    __device__ int side_column(int chunk_column) const { return chunk_column & (head_dim - 1); }
+};
+
+// Fills the stages behind those of a product.
+template <class T, class Epilogue>
+__device__ void fill_side(const CUtensorMap *side_map, const Epilogue &epilogue, const Stages &stages,
+                          typename T::At &at, int row, int tile_column) {
+    constexpr int kChunks = T::n / kChunk, kEach = kChunksOfStage<T>, kBoxBytes = T::m * kSideRowBytes;
+#pragma unroll 1
+    for (int first = 0; first < kChunks; first += kEach, at.next()) {
+        const uint32_t stage = stages.ring + at.stage * T::kStageBytes, barrier = stages.full + at.stage * 8;
+        const int chunks = min(kEach, kChunks - first);
+        barrier_wait(stages.empty + at.stage * 8, at.parity ^ 1);
+        barrier_expect(barrier, chunks * kBoxBytes);
+#pragma unroll 1
+        for (int chunk = 0; chunk < chunks; ++chunk)
 #pragma unroll
-            for (int p = 0; p < kPairs; ++p) {
-                const int column = first_column + (j + p) * 16;
-                float2 bias_low{}, bias_high{};
-                if (kBias && column < operands.n) {
-                    bias_low = unpack(__ldg(reinterpret_cast<const uint32_t *>(operands.bias + column)));
-                    bias_high = unpack(__ldg(reinterpret_cast<const uint32_t *>(operands.bias + column + 8)));
+            for (int box = 0; box < T::m; box += kABox)
+                copy_box(stage + chunk * kBoxBytes + box * kSideRowBytes, side_map, row + box,
+                         epilogue.side_column(tile_column + (first + chunk) * kChunk), barrier);
+    }
+}
+
+// Stores a tile's columns of the 16 rows that this warp has summed up.
+template <class T, class Epilogue>
+__device__ void finish(const Epilogue &epilogue, const float (&c)[T::n / 2], const Stages &stages, uint32_t staged,
+                       typename T::At &at, int row, int tile_column, typename Epilogue::OfTile &of_tile,
+                       typename Epilogue::Loaded loaded) {
+    constexpr int kChunks = T::n / kChunk, kEach = kChunksOfStage<T>;
+    const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
+    const uint32_t own = staged + lane / 4 * kPitchBytes + lane % 4 * 8;
+#pragma unroll 1
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+        const int column = tile_column + chunk * kChunk;
+        // Registers have no index: each chunk has code of its own here.
+#pragma unroll
+        for (int which = 0; which < kChunks; ++which)
+            if (chunk == which)
+#pragma unroll
+                for (int j = 0; j < kChunk / 8; ++j) {
+                    const float *sums = c + which * (kChunk / 2) + j * 4;
+                    store_shared(own + j * 32, sums[0], sums[1]);
+                    store_shared(own + 8 * kPitchBytes + j * 32, sums[2], sums[3]);
                 }
-                const float *low_at = c + (j + p) * 8 + half * 2, *high_at = low_at + 4;
-                const float low[2] = {low_at[0] + bias_low.x, low_at[1] + bias_low.y};
-                const float high[2] = {high_at[0] + bias_high.x, high_at[1] + bias_high.y};
-                uint32_t result[kWords];
-                epilogue.apply(result, column, low, high, loaded[(j + p) % kUnique][half]);
-#pragma unroll
-                for (int w = 0; w < kWords; ++w) words[p * kWords + w] = result[w];
-            }
-            const uint4 group = transpose(words);
-            const int column = (tile_column + j * 16) * kWords / 2 + lane % 4 * 8;
-            if (row + half * 8 < rows && column < operands.n * kWords / 2)
-                *reinterpret_cast<uint4 *>(epilogue.out + static_cast<size_t>(row + half * 8) * epilogue.out_stride +
-                                           column) = group;
-        }
+        __syncwarp();
+        if (chunk % kEach == 0) barrier_wait(stages.full + at.stage * 8, at.parity);
+        const uint32_t side = stages.ring + at.stage * T::kStageBytes + chunk % kEach * (T::m * kSideRowBytes);
+        const typename Epilogue::Loaded next = epilogue.load(column + kChunk);
+        if (column < epilogue.n)
+            epilogue.finish(staged, side + warp * 16 * kSideRowBytes, row, column, of_tile, loaded);
+        loaded = next;
+        __syncwarp();
+        if (chunk % kEach < kEach - 1 && chunk < kChunks - 1) continue;
+        if (lane < kCluster) barrier_arrive(stages.empty + at.stage * 8, lane);
+        at.next();
+    }
+    epilogue.finish_tile(row, tile_column, T::n, of_tile);
+}
+
+template <class T, class Epilogue>
+__device__ void consume(const Epilogue &epilogue, const Schedule &schedule, const Stages &stages,
+                        uint32_t staging) {
+    const int warp = threadIdx.x / 32 - 4;
+    if (warp >= T::m / 16) return;
+    typename T::At at;
+    for (int pair = schedule.cluster(); pair < schedule.pairs; pair += schedule.clusters()) {
+        const int row = schedule.row<T>(pair) + warp * 16, tile_column = schedule.column<T>(pair);
+        typename Epilogue::OfTile of_tile = epilogue.load_tile(row);
+        const typename Epilogue::Loaded loaded = epilogue.load(tile_column);
+        float c[1][T::n / 2];
+        release_last(stages, multiply_stages<T>(c, stages, at, warp / 4, schedule.k_tiles));
+        wgmma_results(c[0]);
+        finish<T>(epilogue, c[0], stages, staging + warp * kStagingBytes, at, row, tile_column, of_tile, loaded);
     }
 }
 
-template <class Groups, int kTileN, bool kBias, class Epilogue>
-__device__ void consume(const Operands &operands, const Epilogue &epilogue, const Schedule &schedule, uint32_t ring,
-                        uint32_t full, uint32_t empty) {
-    constexpr int kStrips = Groups::kInTurns ? 2 : 1;  // of 64 rows, that a warpgroup multiplies
-    constexpr int kStripBytes = 64 * kTileK * 2;
-    const int warp = threadIdx.x / 32 - 4, group = warp / 4, lane = threadIdx.x % 32;
-    const int first_strip = Groups::kInTurns ? 0 : group;
-    Ring<kStages<kTileN>> at;
-    int turn = 0;
-    for (int pair = schedule.cluster(); pair < schedule.pairs; pair += schedule.clusters(), ++turn) {
-        if (Groups::kInTurns && turn % 2 != group) {
-            at.skip(schedule.k_tiles);
-            continue;
-        }
-        const int row = schedule.row(pair) + first_strip * 64 + warp % 4 * 16 + lane / 4;
-        const int tile_column = schedule.column<kTileN>(pair), first_column = tile_column + lane % 4 * 2;
-        // What the epilogue reads is asked for now and is there when the product is.
-        constexpr int kUnique = kTileN / 16 < kPeriod<Epilogue> ? kTileN / 16 : kPeriod<Epilogue>;
-        typename Epilogue::Loaded loaded[kStrips][kUnique][2];
-#pragma unroll
-        for (int strip = 0; strip < kStrips; ++strip)
-#pragma unroll
-            for (int j = 0; j < kUnique; ++j)
-#pragma unroll
-                for (int half = 0; half < 2; ++half)
-                    if (row + strip * 64 + half * 8 < schedule.rows && first_column + j * 16 < operands.n)
-                        loaded[strip][j][half] = epilogue.load(row + strip * 64 + half * 8, first_column + j * 16);
-
-        // A barrier tells one phase from the next, not from the one after that: stages may be waited for only when all
-        // before them are there.
-        if (Groups::kInTurns && turn > 0) wait_for_turn(1 + group);
-        float c[kStrips][kTileN / 2];
-        int previous = 0;
-        for (int k_tile = 0; k_tile < schedule.k_tiles; ++k_tile, at.next()) {
-            barrier_wait(full + at.stage * 8, at.parity);
-            const uint32_t stage = ring + at.stage * kStageBytes<kTileN>;
-            const uint64_t a = box_descriptor(stage + first_strip * kStripBytes);
-            const uint64_t weight = box_descriptor(stage + kABytes);
-            wgmma_fence();
-#pragma unroll
-            for (int step = 0; step < kTileK / 16; ++step)
-#pragma unroll
-                for (int strip = 0; strip < kStrips; ++strip)
-                    wgmma<kTileN>(c[strip], a + strip * (kStripBytes / 16) + step * kDescriptorStep,
-                                  weight + step * kDescriptorStep, k_tile + step);
-            wgmma_commit();
-            wgmma_wait<1>();
-            if (k_tile > 0 && lane < kCluster) barrier_arrive(empty + previous * 8, lane);
-            previous = at.stage;
-        }
-        if (Groups::kInTurns && pair + schedule.clusters() < schedule.pairs) give_turn(2 - group);
-        wgmma_wait<0>();
-        if (lane < kCluster) barrier_arrive(empty + previous * 8, lane);
-#pragma unroll
-        for (int strip = 0; strip < kStrips; ++strip) {
-            wgmma_results(c[strip]);
-            finish<kTileN, kUnique, kBias>(operands, epilogue, c[strip], loaded[strip], row + strip * 64, schedule.rows,
-                                           tile_column);
-        }
-    }
-}
-
-template <class Groups, bool kBias, class Epilogue>
-__global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
+template <class Groups, class Epilogue>
+__global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads<Groups>, 1)
     gemm_sm90_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap weight_map,
-                     const Operands operands, const Epilogue epilogue) {
-    extern __shared__ unsigned char shared[];
-    __shared__ uint64_t full_barriers[kMaxStages], empty_barriers[kMaxStages];
-    const uint32_t ring = (shared_address(shared) + 1023) / 1024 * 1024;
-    const uint32_t full = shared_address(full_barriers), empty = shared_address(empty_barriers);
-    const Schedule schedule = schedule_of<Groups, Epilogue>(operands);
-    if (threadIdx.x == 0) {
-        prefetch_map(&a_map);
-        prefetch_map(&weight_map);
-        const int warps = Groups::kInTurns ? 4 : 8;  // that multiply a stage
-        for (int stage = 0; stage < kMaxStages; ++stage) {
-            barrier_init(full + stage * 8, 1);
-            barrier_init(empty + stage * 8, warps * kCluster);
-        }
-        barrier_init_fence();
-    }
-    cluster_sync();
-
+                     const Operands operands, const __grid_constant__ CUtensorMap side_map, Epilogue epilogue) {
+    using Tiles = typename Groups::Tiles;
+    const Schedule schedule = Tiles::schedule(operands);
+    int warps = 0;
+    Tiles::with(schedule.tile, [&](auto tile) { warps = tile.m / 16; });
+    const Stages stages = make_stages(&a_map, &weight_map, warps);
+    epilogue.rows = schedule.rows, epilogue.row_start = schedule.row_start;
     // The roles are the two branches of one condition: what setmaxnreg asks for.
     if (threadIdx.x < 128) {
-        give_registers<40>();
+        give_registers<Groups::kCopyRegisters>();
         if (threadIdx.x == 0)
-            with_tile<kMaxTileN<Groups, Epilogue>>(schedule, [&](auto tile) {
-                produce<tile.n>(&a_map, &weight_map, schedule, ring, full, empty);
+            Tiles::with(schedule.tile, [&](auto tile) {
+                using T = decltype(tile);
+                produce<T>(&a_map, &weight_map, schedule, stages, [&](auto &at, int row, int tile_column) {
+                    fill_side<T>(&side_map, epilogue, stages, at, row, tile_column);
+                });
             });
     } else {
-        take_registers<232>();
-        with_tile<kMaxTileN<Groups, Epilogue>>(schedule, [&](auto tile) {
-            consume<Groups, tile.n, kBias>(operands, epilogue, schedule, ring, full, empty);
+        take_registers<Groups::kRegisters>();
+        Tiles::with(schedule.tile, [&](auto tile) {
+            consume<decltype(tile)>(epilogue, schedule, stages, stages.ring + Groups::kRingBytes);
         });
     }
-    // The other CTA may still copy to this one's memory and arrive at its barriers.
-    cluster_sync();
 }
 
-// a holds a_rows rows, dead ones among them.
-template <class Groups, bool kBias, class Epilogue>
-int32_t launch(const void *a, int a_rows, const void *weight, const Operands &operands, const Epilogue &epilogue,
-               int max_rows, void *stream) {
-    CUtensorMap a_map, weight_map;
-    if (const int32_t status = make_tensor_map(&a_map, a, a_rows, operands.k, kTileM)) return status;
-    if (const int32_t status = make_tensor_map(&weight_map, weight, operands.n, operands.k, kWeightBox)) return status;
-    int device, multiprocessors;
-    cudaError_t status = cudaGetDevice(&device);
-    if (status == cudaSuccess)
-        status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    if (status == cudaSuccess)
-        status = cudaFuncSetAttribute(gemm_sm90_kernel<Groups, kBias, Epilogue>,
-                                      cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-    if (status != cudaSuccess) return status;
-    const int pairs_m = (max_rows + kTileM * kCluster - 1) / (kTileM * kCluster);
-    const int most_pairs = pairs_m * ((operands.n + 127) / 128);
-    const int clusters = most_pairs < multiprocessors / kCluster ? most_pairs : multiprocessors / kCluster;
-    gemm_sm90_kernel<Groups, kBias, Epilogue>
-        <<<clusters * kCluster, kThreads, kSharedBytes, static_cast<cudaStream_t>(stream)>>>(a_map, weight_map, operands,
-                                                                                           epilogue);
-    return cudaGetLastError();
-}
-
-template <class Groups, class Epilogue>
-int32_t launch(const void *a, int a_rows, const void *weight, const Operands &operands, const Epilogue &epilogue,
-               int max_rows, void *stream) {
-    // A bias takes registers that turns have not.
-    return operands.bias ? launch<Together, true>(a, a_rows, weight, operands, epilogue, max_rows, stream)
-                         : launch<Groups, false>(a, a_rows, weight, operands, epilogue, max_rows, stream);
+// For up to max_rows live rows; `side` is [side_rows, side_columns].
+template <class Epilogue>
+int32_t launch(const void *a, int a_rows, const void *weight, const Operands &operands, int max_rows, const float *side,
+               int side_rows, int side_columns, const Epilogue &epilogue, void *stream) {
+    CUtensorMap side_map;
+    int clusters;
+    if (const int32_t status = make_tensor_map(&side_map, side, side_rows, side_columns, kABox)) return status;
+    if (const int32_t status = count_clusters(&clusters)) return status;
+    const auto with = [&](auto groups) {
+        using Groups = decltype(groups);
+        constexpr int kSharedBytes = 1024 + Groups::kRingBytes + Groups::kGroups * 4 * kStagingBytes;
+        return launch_gemm(gemm_sm90_kernel<Groups, Epilogue>, clusters, kThreads<Groups>, kSharedBytes, a, a_rows,
+                           weight, operands, stream, side_map, epilogue);
+    };
+    const auto cost = [&](auto groups) {
+        return decltype(groups)::Tiles::choose(max_rows, operands.n, divide_up(operands.k, kTileK), clusters).cost;
+    };
+    // Most steps are about as long as the longest.
+    return cost(Three{}) < cost(Two{}) ? with(Three{}) : with(Two{});
 }
 
 }  // namespace
 
-extern "C" int32_t gleaner_gemm_sm90_residual(void *x, const void *a, const void *weight, const void *bias,
-                                              const int32_t *rows, int32_t max_rows, int32_t n, int32_t k,
-                                              void *stream) {
-    const Operands operands{static_cast<const bf16 *>(bias), rows, nullptr, n, k};
-    return launch<Together>(a, max_rows, weight, operands, Residual{static_cast<bf16 *>(x), n}, max_rows, stream);
+extern "C" int32_t gleaner_gemm_sm90_residual(float *x, void *scaled, float *squares, const void *a, const void *weight,
+                                              const void *bias, const void *norm, const int32_t *rows,
+                                              int32_t max_rows, int32_t n, int32_t k, void *stream) {
+    const AddToStream epilogue{x,
+                               static_cast<bf16 *>(scaled),
+                               squares,
+                               static_cast<const bf16 *>(norm),
+                               static_cast<const bf16 *>(bias),
+                               GLEANER_SQUARES(n),
+                               n};
+    return launch(a, max_rows, weight, {rows, nullptr, n, k}, max_rows, x, max_rows, n, epilogue, stream);
 }
 
-extern "C" int32_t gleaner_gemm_sm90_swiglu(void *out, const void *a, const void *weight, const void *bias,
-                                            const int32_t *rows, int32_t max_rows, int32_t n, int32_t k, void *stream) {
-    const Operands operands{static_cast<const bf16 *>(bias), rows, nullptr, n, k};
-    return launch<InTurns>(a, max_rows, weight, operands, SwiGlu{static_cast<bf16 *>(out), n / 2}, max_rows, stream);
-}
-
-extern "C" int32_t gleaner_gemm_sm90_rope(void *out, const void *a, const void *weight, const void *bias,
-                                          const void *table, const int32_t *rows, const int32_t *row_start,
-                                          int32_t max_rows, int32_t a_rows, int32_t n, int32_t k, int32_t head_dim,
-                                          int32_t rope_columns, void *stream) {
-    const Operands operands{static_cast<const bf16 *>(bias), rows, row_start, n, k};
-    const Rope rope{static_cast<bf16 *>(out), static_cast<const float2 *>(table), row_start, n, head_dim, rope_columns};
-    switch (head_dim) {
-        case 64: return launch<Together>(a, a_rows, weight, operands, HeadRope<64>{rope}, max_rows, stream);
-        case 128: return launch<Together>(a, a_rows, weight, operands, HeadRope<128>{rope}, max_rows, stream);
-        default: return cudaErrorInvalidValue;
-    }
+extern "C" int32_t gleaner_gemm_sm90_rope(void *out, const void *a, const float *squares, const void *weight,
+                                          const void *bias, const void *table, const int32_t *rows,
+                                          const int32_t *row_start, int32_t max_rows, int32_t a_rows, int32_t n,
+                                          int32_t k, int32_t head_dim, int32_t rope_columns, float eps, void *stream) {
+    const RotateHeads epilogue{static_cast<bf16 *>(out),
+                               static_cast<const bf16 *>(bias),
+                               {squares, GLEANER_SQUARES(k), static_cast<float>(k), eps},
+                               head_dim,
+                               rope_columns,
+                               n};
+    // Positions are rows of a.
+    return launch(a, a_rows, weight, {rows, row_start, n, k}, max_rows, static_cast<const float *>(table), a_rows, head_dim,
+                  epilogue, stream);
 }

@@ -4,7 +4,7 @@
 // four warps share them, each with its part of k. A kernel asks for its first weights while the one before it still runs;
 // only then it waits for what that one writes.
 //
-// Where a row is normalised first, each CTA brings a times the norm's weights into its shared memory. What a row is divided
+// Where a row is normalised first, each CTA brings x times the norm's weights into its shared memory. What a row is divided
 // by is one number, and is applied to the sums at their end: nothing waits for it.
 #include <type_traits>
 
@@ -26,9 +26,15 @@ struct Logits {
     int vocab_size;
 };
 
+// Adds to the residual stream.
+struct Add {
+    float *x;
+};
+
 struct Operands {
-    const uint4 *a;       // [vectors]
-    const uint4 *norm;    // [vectors], or null for Residual
+    const uint4 *a;       // [vectors], for Add
+    const float4 *x;      // [2 * vectors], for all others, which normalise it
+    const uint4 *norm;    // [vectors]
     const uint4 *weight;  // [n, vectors]
     const bf16 *bias;     // [n] or null
     const int32_t *out_row;  // or null for 0
@@ -58,20 +64,18 @@ __device__ float dot(const float *x, uint4 y, float sum) {
 // The weights are read once and are more than the caches hold.
 __device__ uint4 load_weight(const uint4 *at) { return __ldcs(at); }
 
-// Brings a times the norm's weights, which lie in `to` already, there. Returns what a row is to be multiplied with.
+// Brings x times the norm's weights, which lie in `to` already, there. Returns what a row is to be multiplied with.
 __device__ float normalise(float *to, const Operands &operands) {
     __shared__ float warp_sums[kWarps];
     float sum = 0.f;
     for (int i = threadIdx.x; i < operands.vectors; i += kThreads) {
-        const uint4 x = operands.a[i];
-        const uint32_t words[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
-        for (int w = 0; w < 4; ++w) {
-            const float2 value = unpack(words[w]);
-            sum += value.x * value.x + value.y * value.y;
+        for (int half = 0; half < 2; ++half) {
+            const float4 x = operands.x[i * 2 + half];
+            sum += x.x * x.x + x.y * x.y + (x.z * x.z + x.w * x.w);
             // A thread's own values, so that no barrier is needed before.
-            auto *at = reinterpret_cast<float2 *>(to + i * 8) + w;
-            *at = {value.x * at->x, value.y * at->y};
+            auto *at = reinterpret_cast<float4 *>(to + i * 8) + half;
+            *at = {x.x * at->x, x.y * at->y, x.z * at->z, x.w * at->w};
         }
     }
     for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
@@ -89,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     __shared__ float parts[kWarps][kColumns];
     constexpr int kGroups = kWarps / kSplit;  // of columns, in a CTA at a time
     // What is added to the residual stream is not normalised; everything else is.
-    constexpr bool kNormed = !std::is_same_v<Epilogue, Residual>;
+    constexpr bool kNormed = !std::is_same_v<Epilogue, Add>;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, vectors = operands.vectors;
     const int groups = operands.n / kColumns, part = warp % kSplit;
     constexpr int kStep = 32 * kSplit;
@@ -121,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
         }
     wait_for_previous();
     [[maybe_unused]] const float scale = kNormed ? normalise(normed, operands) : 1.f;
-    const int row = operands.out_row ? *operands.out_row : 0;
+    [[maybe_unused]] const int row = operands.out_row ? *operands.out_row : 0;
 
     [[maybe_unused]] Wide best = 0;
     // Every warp takes as many turns, so that all meet at the barrier.
@@ -178,10 +182,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
                 const float2 high = unpack(*reinterpret_cast<const uint32_t *>(operands.bias + column + 8));
                 sums[0] += low.x, sums[1] += low.y, sums[2] += high.x, sums[3] += high.y;
             }
-            const float low[2] = {sums[0], sums[1]}, high[2] = {sums[2], sums[3]};
-            uint32_t words[Epilogue::kWords];
-            epilogue.apply(words, column, low, high, epilogue.load(row, column));
-            store(epilogue, row, column, words);
+            if constexpr (std::is_same_v<Epilogue, Add>) {
+                auto *at = reinterpret_cast<float2 *>(epilogue.x + column);
+                at[0] = {at[0].x + sums[0], at[0].y + sums[1]};
+                at[4] = {at[4].x + sums[2], at[4].y + sums[3]};
+            } else {
+                const float low[2] = {sums[0], sums[1]}, high[2] = {sums[2], sums[3]};
+                uint32_t words[Epilogue::kWords];
+                epilogue.apply(words, column, low, high, epilogue.load(row, column));
+                store(epilogue, row, column, words);
+            }
         }
     }
     // The largest of all, in whatever order they come.
@@ -212,9 +222,10 @@ int32_t launch(const Operands &operands, const Epilogue &epilogue, void *stream)
     return launch_split<4>(operands, epilogue, multiprocessors, stream);
 }
 
-Operands operands_of(const void *a, const void *norm, float eps, const void *weight, const void *bias,
+Operands operands_of(const void *a, const float *x, const void *norm, float eps, const void *weight, const void *bias,
                      const int32_t *out_row, int32_t n, int32_t k) {
     return {static_cast<const uint4 *>(a),
+            reinterpret_cast<const float4 *>(x),
             static_cast<const uint4 *>(norm),
             static_cast<const uint4 *>(weight),
             static_cast<const bf16 *>(bias),
@@ -226,27 +237,26 @@ Operands operands_of(const void *a, const void *norm, float eps, const void *wei
 
 }  // namespace
 
-extern "C" int32_t gleaner_gemv_logits(float *out, uint64_t *best, const void *a, const void *norm, const void *weight,
+extern "C" int32_t gleaner_gemv_logits(float *out, uint64_t *best, const float *x, const void *norm, const void *weight,
                                        float eps, int32_t vocab_size, int32_t n, int32_t k, void *stream) {
     const Logits logits{out, reinterpret_cast<Wide *>(best), vocab_size};
-    return launch(operands_of(a, norm, eps, weight, nullptr, nullptr, n, k), logits, stream);
+    return launch(operands_of(nullptr, x, norm, eps, weight, nullptr, nullptr, n, k), logits, stream);
 }
 
-extern "C" int32_t gleaner_gemv_residual(void *x, const void *a, const void *weight, const void *bias, int32_t n,
+extern "C" int32_t gleaner_gemv_residual(float *x, const void *a, const void *weight, const void *bias, int32_t n,
                                          int32_t k, void *stream) {
-    return launch(operands_of(a, nullptr, 0.f, weight, bias, nullptr, n, k), Residual{static_cast<bf16 *>(x), n},
-                  stream);
+    return launch(operands_of(a, nullptr, nullptr, 0.f, weight, bias, nullptr, n, k), Add{x}, stream);
 }
 
-extern "C" int32_t gleaner_gemv_swiglu(void *out, const void *a, const void *norm, const void *weight, const void *bias,
+extern "C" int32_t gleaner_gemv_swiglu(void *out, const float *x, const void *norm, const void *weight, const void *bias,
                                        float eps, int32_t n, int32_t k, void *stream) {
-    return launch(operands_of(a, norm, eps, weight, bias, nullptr, n, k), SwiGlu{static_cast<bf16 *>(out), n / 2},
+    return launch(operands_of(nullptr, x, norm, eps, weight, bias, nullptr, n, k), SwiGlu{static_cast<bf16 *>(out), n / 2},
                   stream);
 }
 
-extern "C" int32_t gleaner_gemv_rope(void *out, const void *a, const void *norm, const void *weight, const void *bias,
+extern "C" int32_t gleaner_gemv_rope(void *out, const float *x, const void *norm, const void *weight, const void *bias,
                                      const void *table, const int32_t *out_row, float eps, int32_t n, int32_t k,
                                      int32_t head_dim, int32_t rope_columns, void *stream) {
     const Rope rope{static_cast<bf16 *>(out), static_cast<const float2 *>(table), nullptr, n, head_dim, rope_columns};
-    return launch(operands_of(a, norm, eps, weight, bias, out_row, n, k), rope, stream);
+    return launch(operands_of(nullptr, x, norm, eps, weight, bias, out_row, n, k), rope, stream);
 }

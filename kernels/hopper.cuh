@@ -6,25 +6,27 @@
 
 #include "common.cuh"
 
-__device__ inline int divide_up(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ inline int divide_up(int a, int b) { return (a + b - 1) / b; }
 
-// A matrix [rows, columns] of bf16, row-major, that is copied in boxes of 64 columns. A box lies in shared memory as rows
-// of 128 bytes whose 16-byte pieces are swizzled: piece p of row r lies at p ^ (r % 8), so the box must start at a
-// multiple of 1024. What a box has beyond the matrix is filled with zeros.
+// A matrix [rows, columns] of bf16 or fp32, row-major, that is copied in boxes of 128 bytes of each row: 64 columns of bf16. A
+// box lies in shared memory as rows of 128 bytes whose 16-byte pieces are swizzled: piece p of row r lies at p ^ (r % 8), so
+// the box must start at a multiple of 1024. What a box has beyond the matrix is filled with zeros.
 constexpr int kBoxColumns = 64;
 
-inline int32_t make_tensor_map(CUtensorMap *map, const void *matrix, uint64_t rows, uint64_t columns, uint32_t box_rows) {
+template <class T>
+int32_t make_tensor_map(CUtensorMap *map, const T *matrix, uint64_t rows, uint64_t columns, uint32_t box_rows) {
+    constexpr bool kFloat = sizeof(T) == sizeof(float);
     void *encode = nullptr;
     cudaDriverEntryPointQueryResult found;
     const cudaError_t status =
         cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found);
     if (status != cudaSuccess) return status;
     if (found != cudaDriverEntryPointSuccess) return cudaErrorSymbolNotFound;
-    const cuuint64_t sizes[2] = {columns, rows}, strides[1] = {columns * sizeof(bf16)};
-    const cuuint32_t box[2] = {kBoxColumns, box_rows}, steps[2] = {1, 1};
+    const cuuint64_t sizes[2] = {columns, rows}, strides[1] = {columns * sizeof(T)};
+    const cuuint32_t box[2] = {128 / sizeof(T), box_rows}, steps[2] = {1, 1};
     const CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(encode)(
-        map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void *>(matrix), sizes, strides, box, steps,
-        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        map, kFloat ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<T *>(matrix), sizes,
+        strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
@@ -91,9 +93,10 @@ __device__ inline uint32_t cluster_rank() {
     return rank;
 }
 
-// Waits for all threads of the cluster.
+// Waits for all threads of the cluster. Of what they wrote, it promises what a fence before it does, and no more: a promise
+// about all memory would cost a wait.
 __device__ inline void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // Copies the box whose first element is (row, column).

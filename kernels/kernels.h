@@ -14,57 +14,68 @@ extern "C" {
 // The text of a cudaError_t.
 const char *gleaner_error_string(int32_t status);
 
-// out[r, :] = x[r, :] / sqrt(mean(x[r, :]^2) + eps) * weight
-// out, x: bf16 [rows, hidden_size]; weight: bf16 [hidden_size]; hidden_size a multiple of 8. rows: a device integer of
-// at most max_rows.
-int32_t gleaner_rms_norm(void *out, const void *x, const void *weight, const int32_t *rows, int32_t max_rows,
-                         int32_t hidden_size, float eps, void *stream);
+// The residual stream of some rows, of `width` columns, as kernels hand it on:
+// - x, fp32 [rows, width];
+// - scaled, bf16 [rows, width]: x times the weights of the norm that comes next, which products are made of;
+// - squares, fp32 [rows, GLEANER_SQUARES(width)], whose sum over a row is that of the squares of x. A product that is made of
+//   scaled is multiplied, row by row, with 1 / sqrt(sum / width + eps): that is the norm.
+// Of squares, kernels write what their columns own. Elements beyond must be zero.
+#define GLEANER_SQUARES(width) (((width) + 511) / 512 * 16)
+
+// Of each row of a prompt, its row of embedding [*, width]; norm, bf16 [width]: weights of the norm that comes next. rows: a
+// device integer of at most max_rows.
+int32_t gleaner_embed(float *x, void *scaled, float *squares, const uint32_t *prompt, const void *embedding,
+                      const void *norm, const int32_t *rows, int32_t max_rows, int32_t width, void *stream);
 
 // Linear layers: weight [n, k], bias [n] or null, a [rows, k], all bf16; n a multiple of 16, k of 8. rows is a device
 // integer of at most max_rows; rows beyond it are neither read nor written.
 
-// x [rows, n] += a weight^T + bias
-int32_t gleaner_gemm_residual(void *x, const void *a, const void *weight, const void *bias, const int32_t *rows,
-                              int32_t max_rows, int32_t n, int32_t k, void *stream);
+// x [rows, n] += a weight^T + bias, with what belongs to it; norm [n]: as above.
+int32_t gleaner_gemm_residual(float *x, void *scaled, float *squares, const void *a, const void *weight,
+                              const void *bias, const void *norm, const int32_t *rows, int32_t max_rows, int32_t n,
+                              int32_t k, void *stream);
 
-// out [rows, n / 2] = silu(gate) * up, where the rows of weight and bias come as 8 of the gate, 8 of up, and so on
-int32_t gleaner_gemm_swiglu(void *out, const void *a, const void *weight, const void *bias, const int32_t *rows,
-                            int32_t max_rows, int32_t n, int32_t k, void *stream);
+// out [rows, n / 2] = silu(gate) * up of norm(a) weight^T + bias, where a is `scaled` and comes with its squares; the rows
+// of weight and bias come as 8 of the gate, 8 of up, and so on.
+int32_t gleaner_gemm_swiglu(void *out, const void *a, const float *squares, const void *weight, const void *bias,
+                            const int32_t *rows, int32_t max_rows, int32_t n, int32_t k, float eps, void *stream);
 
-// out [rows, n] = a[row_start..] weight^T + bias, the heads in the columns below rope_columns rotated by their position,
-// row_start + row. Dimensions of such heads come as 8 of the lower half, 8 of the upper, and so on, in weight, bias and
-// out; head_dim is a power of two. table: float2 (cosine, sine) [positions, head_dim / 2]. row_start: device integer, or
-// null for 0.
-int32_t gleaner_gemm_rope(void *out, const void *a, const void *weight, const void *bias, const void *table,
-                          const int32_t *rows, const int32_t *row_start, int32_t max_rows, int32_t n, int32_t k,
-                          int32_t head_dim, int32_t rope_columns, void *stream);
+// out [rows, n] = norm(a)[row_start..] weight^T + bias, a and squares as above, the heads in the columns below rope_columns
+// rotated by their position, row_start + row. Dimensions of such heads come as 8 of the lower half, 8 of the upper, and so
+// on, in weight, bias and out; head_dim is a power of two. table: float2 (cosine, sine) [positions, head_dim / 2].
+// row_start: device integer, or null for 0.
+int32_t gleaner_gemm_rope(void *out, const void *a, const float *squares, const void *weight, const void *bias,
+                          const void *table, const int32_t *rows, const int32_t *row_start, int32_t max_rows, int32_t n,
+                          int32_t k, int32_t head_dim, int32_t rope_columns, float eps, void *stream);
 
-// The same three for Hopper (compute capability 9.0 alone). a_rows: rows that a holds, dead ones among them.
-int32_t gleaner_gemm_sm90_residual(void *x, const void *a, const void *weight, const void *bias, const int32_t *rows,
-                                   int32_t max_rows, int32_t n, int32_t k, void *stream);
-int32_t gleaner_gemm_sm90_swiglu(void *out, const void *a, const void *weight, const void *bias, const int32_t *rows,
-                                 int32_t max_rows, int32_t n, int32_t k, void *stream);
-int32_t gleaner_gemm_sm90_rope(void *out, const void *a, const void *weight, const void *bias, const void *table,
-                               const int32_t *rows, const int32_t *row_start, int32_t max_rows, int32_t a_rows,
-                               int32_t n, int32_t k, int32_t head_dim, int32_t rope_columns, void *stream);
+// The same three for Hopper (compute capability 9.0 alone). a_rows: rows that a holds, dead ones among them, and positions of
+// the table.
+int32_t gleaner_gemm_sm90_residual(float *x, void *scaled, float *squares, const void *a, const void *weight,
+                                   const void *bias, const void *norm, const int32_t *rows, int32_t max_rows, int32_t n,
+                                   int32_t k, void *stream);
+int32_t gleaner_gemm_sm90_swiglu(void *out, const void *a, const float *squares, const void *weight, const void *bias,
+                                 const int32_t *rows, int32_t max_rows, int32_t n, int32_t k, float eps, void *stream);
+int32_t gleaner_gemm_sm90_rope(void *out, const void *a, const float *squares, const void *weight, const void *bias,
+                               const void *table, const int32_t *rows, const int32_t *row_start, int32_t max_rows,
+                               int32_t a_rows, int32_t n, int32_t k, int32_t head_dim, int32_t rope_columns, float eps,
+                               void *stream);
 
-// The same for one row. Where there is a norm [k], a [k] is normalised first, as by gleaner_rms_norm but without rounding
-// what comes of it.
+// The same for one row. Where there is a norm [k], it is applied to x, fp32 [k], and what comes of it is not rounded.
 
 // out fp32 [n]. *best, zero before, becomes the likeliest of the first vocab_size tokens, as gleaner_sample reads it.
-int32_t gleaner_gemv_logits(float *out, uint64_t *best, const void *a, const void *norm, const void *weight, float eps,
+int32_t gleaner_gemv_logits(float *out, uint64_t *best, const float *x, const void *norm, const void *weight, float eps,
                             int32_t vocab_size, int32_t n, int32_t k, void *stream);
 
-// x [n] += a weight^T + bias
-int32_t gleaner_gemv_residual(void *x, const void *a, const void *weight, const void *bias, int32_t n, int32_t k,
+// x fp32 [n] += a weight^T + bias
+int32_t gleaner_gemv_residual(float *x, const void *a, const void *weight, const void *bias, int32_t n, int32_t k,
                               void *stream);
 
 // out [n / 2], as gleaner_gemm_swiglu
-int32_t gleaner_gemv_swiglu(void *out, const void *a, const void *norm, const void *weight, const void *bias, float eps,
-                            int32_t n, int32_t k, void *stream);
+int32_t gleaner_gemv_swiglu(void *out, const float *x, const void *norm, const void *weight, const void *bias,
+                            float eps, int32_t n, int32_t k, void *stream);
 
 // Row *out_row of out [*, n], as gleaner_gemm_rope; *out_row is its position.
-int32_t gleaner_gemv_rope(void *out, const void *a, const void *norm, const void *weight, const void *bias,
+int32_t gleaner_gemv_rope(void *out, const float *x, const void *norm, const void *weight, const void *bias,
                           const void *table, const int32_t *out_row, float eps, int32_t n, int32_t k, int32_t head_dim,
                           int32_t rope_columns, void *stream);
 
@@ -186,15 +197,11 @@ typedef struct {
 #define GLEANER_NO_TOKEN 0xffffffffu  // a logit was not a number or infinite, or all were minus infinity
 
 // The next token from logits fp32 [vocab_size], of which *best is the likeliest: written to slot `tokens % slots` of
-// `sent`, which may be host memory. Its row of the embedding goes to x [hidden_size], *best to zero, and the answer's
+// `sent`, which may be host memory. Its row of the embedding goes to x, fp32 [hidden_size], *best to zero, and the answer's
 // position and number of tokens grow by one.
-int32_t gleaner_sample(void *x, GleanerAnswer *answer, uint32_t *sent, uint64_t *best, const float *logits,
+int32_t gleaner_sample(float *x, GleanerAnswer *answer, uint32_t *sent, uint64_t *best, const float *logits,
                        const GleanerSampling *sampling, const void *embedding, int32_t slots, int32_t vocab_size,
                        int32_t hidden_size, void *stream);
-
-// x [rows, hidden_size] = embedding[prompt], bf16
-int32_t gleaner_embed(void *x, const uint32_t *prompt, const void *embedding, const int32_t *rows, int32_t max_rows,
-                      int32_t hidden_size, void *stream);
 
 // Keeps the stream until the host has written `turn` to `released`, which is host memory, or `limit` nanoseconds have
 // passed. Where released is null, a kernel that does nothing.

@@ -152,7 +152,7 @@ __device__ uint32_t draw_token(Draw draw, float top_p, double position, Shared &
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
-    sample_kernel(uint4 *x, GleanerAnswer *answer, uint32_t *sent, uint64_t *best, const float *logits,
+    sample_kernel(float4 *x, GleanerAnswer *answer, uint32_t *sent, uint64_t *best, const float *logits,
                   const GleanerSampling *sampling, const uint4 *embedding, int slots, int vocab_size, int vectors) {
     __shared__ Shared shared;
     start_next();
@@ -165,7 +165,12 @@ __global__ void __launch_bounds__(kThreads, 1)
         const Draw draw{logits, vocab_size, logits[chosen], sampling->temperature};
         chosen = draw_token(draw, sampling->top_p, uniform(sampling->seed, index), shared);
     }
-    for (int i = threadIdx.x; i < vectors; i += kThreads) x[i] = embedding[static_cast<size_t>(chosen) * vectors + i];
+    for (int i = threadIdx.x; i < vectors; i += kThreads) {
+        const uint4 row = embedding[static_cast<size_t>(chosen) * vectors + i];
+        const float2 a = unpack(row.x), b = unpack(row.y), c = unpack(row.z), d = unpack(row.w);
+        x[i * 2] = {a.x, a.y, b.x, b.y};
+        x[i * 2 + 1] = {c.x, c.y, d.x, d.y};
+    }
     __syncthreads();
     if (threadIdx.x > 0) return;
     sent[index % slots] = valid ? chosen : GLEANER_NO_TOKEN;
@@ -176,10 +181,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 }  // namespace
 
-extern "C" int32_t gleaner_sample(void *x, GleanerAnswer *answer, uint32_t *sent, uint64_t *best, const float *logits,
+extern "C" int32_t gleaner_sample(float *x, GleanerAnswer *answer, uint32_t *sent, uint64_t *best, const float *logits,
                                   const GleanerSampling *sampling, const void *embedding, int32_t slots,
                                   int32_t vocab_size, int32_t hidden_size, void *stream) {
-    return launch_overlapping(sample_kernel, 1, kThreads, 0, stream, static_cast<uint4 *>(x), answer, sent, best,
+    return launch_overlapping(sample_kernel, 1, kThreads, 0, stream, reinterpret_cast<float4 *>(x), answer, sent, best,
                               logits, sampling, static_cast<const uint4 *>(embedding), slots, vocab_size,
                               hidden_size / 8);
 }

@@ -108,21 +108,23 @@ impl Answering {
 
     /// The prompt through all layers, up to the first token.
     fn prefill(&mut self, forward: &Forward, prompt: &[u32], sampling: &Sampling) -> Result<()> {
-        let Forward { device, weights, config } = *forward;
+        let device = forward.device;
         device.upload_into(WHAT, &[prompt.len() as i32, 1], &mut self.counts)?;
         device.upload_into(WHAT, &[prompt.len() as i32 - 1, 0], &mut self.state)?;
         device.upload_into(WHAT, &sampling_words(sampling), &mut self.sampling)?;
         device.upload_into(WHAT, prompt, &mut self.tokens)?;
         device.pass(Stage::Prefill, Some(prompt.len()), || {
             let rows = Rows { ints: &self.counts, index: 0, max: prompt.len() };
-            let hidden = config.hidden_size;
-            device.embed(&mut self.prompt.x, &self.tokens, &weights.embed_tokens, rows, hidden)?;
-            for (index, (layer, cache)) in weights.layers.iter().zip(&mut self.caches).enumerate() {
-                let _layer = range!("layer {index}");
-                forward.layer(layer, &mut self.prompt, cache, rows)?;
+            forward.embed(&mut self.prompt, &self.tokens, rows)?;
+            for (index, cache) in self.caches.iter_mut().enumerate() {
+                forward.layer(index, &mut self.prompt, cache, rows)?;
             }
-            let last_row = self.prompt.x.slice((prompt.len() - 1) * hidden..prompt.len() * hidden);
-            device.stream().memcpy_dtod(&last_row, &mut self.one.x).map_err(|error| driver_error(WHAT, error))?;
+            let hidden = forward.config.hidden_size;
+            let last_row = self.prompt.residual.x.slice((prompt.len() - 1) * hidden..prompt.len() * hidden);
+            device
+                .stream()
+                .memcpy_dtod(&last_row, &mut self.one.residual.x)
+                .map_err(|error| driver_error(WHAT, error))?;
             forward.head(self)
         })
     }

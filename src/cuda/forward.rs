@@ -6,7 +6,7 @@ use half::bf16;
 use super::CudaDevice;
 use super::answer::Answering;
 use super::model::{DeviceLayer, DeviceModel};
-use super::ops::{Heads, Logits, Norm, Rotation, Rows, Sampled, Shift, answer};
+use super::ops::{Heads, Logits, Norm, Normed, Rotation, Rows, Sampled, Shift, answer};
 use super::workspace::{Activations, Workspace};
 use crate::Result;
 use crate::model::Config;
@@ -21,14 +21,14 @@ pub struct Forward<'a> {
 }
 
 impl Forward<'_> {
-    /// Queries, keys and values of all rows of `a.x`, into `qkv`.
+    /// Queries, keys and values of all rows, into `qkv`.
     fn project(&self, layer: &DeviceLayer, a: &mut Activations, qkv: &mut CudaSlice<bf16>, rows: Rows) -> Result<()> {
         let Forward { device, config, .. } = *self;
         let Heads { q, kv, dim, .. } = layer.heads;
-        device.rms_norm(&mut a.normed, &a.x, &layer.input_layernorm, rows, config.hidden_size, config.rms_norm_eps)?;
         let columns = if layer.head_norms.is_some() { 0 } else { (q + kv) * dim };
         let rotation = Rotation { table: &a.rope, head_dim: dim, columns };
-        device.gemm_rope(qkv, &a.normed, &layer.qkv, rotation, rows, None)?;
+        let input = Normed { residual: &a.residual, eps: config.rms_norm_eps };
+        device.gemm_rope(qkv, input, &layer.qkv, rotation, rows, None)?;
         match &layer.head_norms {
             Some(norms) => device.head_norm(
                 qkv,
@@ -45,31 +45,39 @@ impl Forward<'_> {
         }
     }
 
-    /// One whole layer over the rows of `a.x`.
-    pub fn layer(&self, layer: &DeviceLayer, a: &mut Activations, qkv: &mut CudaSlice<bf16>, rows: Rows) -> Result<()> {
-        let Forward { device, config, .. } = *self;
+    /// The whole layer of this index over the rows of the residual stream.
+    pub fn layer(&self, index: usize, a: &mut Activations, qkv: &mut CudaSlice<bf16>, rows: Rows) -> Result<()> {
+        let Forward { device, weights, config } = *self;
+        let _layer = range!("layer {index}");
+        let layer = &weights.layers[index];
+        let next_norm = weights.layers.get(index + 1).map_or(&weights.norm, |next| &next.input_layernorm);
         self.project(layer, a, qkv, rows)?;
         device.attention(&mut a.attended, qkv, layer.heads, rows)?;
-        device.gemm_residual(&mut a.x, &a.attended, &layer.o_proj, rows)?;
-        let norm = &layer.post_attention_layernorm;
-        device.rms_norm(&mut a.normed, &a.x, norm, rows, config.hidden_size, config.rms_norm_eps)?;
-        device.gemm_swiglu(&mut a.h, &a.normed, &layer.gate_up, rows)?;
-        device.gemm_residual(&mut a.x, &a.h, &layer.down_proj, rows)
+        device.gemm_residual(&mut a.residual, &a.attended, &layer.o_proj, &layer.post_attention_layernorm, rows)?;
+        let input = Normed { residual: &a.residual, eps: config.rms_norm_eps };
+        device.gemm_swiglu(&mut a.h, input, &layer.gate_up, rows)?;
+        device.gemm_residual(&mut a.residual, &a.h, &layer.down_proj, next_norm, rows)
+    }
+
+    /// The residual stream of a prompt.
+    pub fn embed(&self, a: &mut Activations, prompt: &CudaSlice<u32>, rows: Rows) -> Result<()> {
+        let Forward { device, weights, config } = *self;
+        let norm = &weights.layers[0].input_layernorm;
+        device.embed(&mut a.residual, prompt, &weights.embed_tokens, norm, rows, config.hidden_size)
     }
 
     /// One reading step: the prompt that lies ready, up to the next one.
     pub fn step(&self, workspace: &mut Workspace) -> Result<()> {
         let Forward { device, weights, config } = *self;
         let Workspace { activations: a, qkv, q, k, steps, plan, .. } = workspace;
-        device.embed(&mut a.x, steps.prompt(), &weights.embed_tokens, steps.rows(), config.hidden_size)?;
+        self.embed(a, steps.prompt(), steps.rows())?;
         let (last, layers) = weights.layers.split_last().expect("a checked configuration has layers");
-        for (index, layer) in layers.iter().enumerate() {
-            let _layer = range!("layer {index}");
-            self.layer(layer, a, qkv, steps.rows())?;
+        for index in 0..layers.len() {
+            self.layer(index, a, qkv, steps.rows())?;
         }
         let _layer = range!("layer {}", layers.len());
-        let norm = &last.input_layernorm;
-        device.rms_norm(&mut a.normed, &a.x, norm, steps.rows(), config.hidden_size, config.rms_norm_eps)?;
+        let eps = config.rms_norm_eps;
+        let input = Normed { residual: &a.residual, eps };
         let (question, first) = (steps.question_rows(), Some(steps.question_start()));
         let Heads { q: q_heads, kv, dim, .. } = last.heads;
         let rotation = |columns| Rotation {
@@ -78,10 +86,9 @@ impl Forward<'_> {
             columns: if last.head_norms.is_some() { 0 } else { columns },
         };
         let scoring = &weights.scoring;
-        device.gemm_rope(k, &a.normed, &scoring.k_proj, rotation(kv * dim), steps.rows(), None)?;
-        device.gemm_rope(q, &a.normed, &scoring.q_proj, rotation(q_heads * dim), question, first)?;
+        device.gemm_rope(k, input, &scoring.k_proj, rotation(kv * dim), steps.rows(), None)?;
+        device.gemm_rope(q, input, &scoring.q_proj, rotation(q_heads * dim), question, first)?;
         if let Some(norms) = &last.head_norms {
-            let eps = config.rms_norm_eps;
             device.head_norm(k, norms, rotation(0), (0, kv), kv * dim, steps.rows(), None, None, eps)?;
             device.head_norm(q, norms, rotation(0), (q_heads, 0), q_heads * dim, question, None, first, eps)?;
         }
@@ -89,14 +96,14 @@ impl Forward<'_> {
         device.select(steps, plan)
     }
 
-    /// Logits of the one row in `answering.one.x`, and the token that is taken from them, which takes its place.
+    /// Logits of the one row in `answering.one`, and the token that is taken from them, which takes its place.
     pub fn head(&self, answering: &mut Answering) -> Result<()> {
         let Forward { device, weights, config } = *self;
         let Answering { one, logits, best, state, sent, sampling, .. } = answering;
         let norm = Norm { weight: &weights.norm, eps: config.rms_norm_eps };
         let head = weights.lm_head.as_ref().unwrap_or(&weights.embed_tokens);
-        device.gemv_logits(logits, best, &one.x, norm, head, [config.vocab_size, weights.vocab_rows])?;
-        let out = Sampled { x: &mut one.x, answer: state, sent };
+        device.gemv_logits(logits, best, &one.residual.x, norm, head, [config.vocab_size, weights.vocab_rows])?;
+        let out = Sampled { x: &mut one.residual.x, answer: state, sent };
         device.sample(out, Logits { logits, best, embedding: &weights.embed_tokens }, sampling, config.vocab_size)
     }
 
@@ -111,15 +118,15 @@ impl Forward<'_> {
             let norm = |weight| Norm { weight, eps: config.rms_norm_eps };
             let columns = if layer.head_norms.is_some() { 0 } else { (q + kv) * dim };
             let rotation = Rotation { table: &one.rope, head_dim: dim, columns };
-            device.gemv_rope(cache, &one.x, norm(&layer.input_layernorm), &layer.qkv, rotation, position)?;
+            device.gemv_rope(cache, &one.residual.x, norm(&layer.input_layernorm), &layer.qkv, rotation, position)?;
             if let Some(norms) = &layer.head_norms {
                 let (stride, eps) = (layer.heads.qkv_columns(), config.rms_norm_eps);
                 device.head_norm(cache, norms, rotation, (q, kv), stride, row, Some(position), None, eps)?;
             }
             device.decode_attention(&mut one.attended, parts, cache, layer.heads, position)?;
-            device.gemv_residual(&mut one.x, &one.attended, &layer.o_proj)?;
-            device.gemv_swiglu(&mut one.h, &one.x, norm(&layer.post_attention_layernorm), &layer.gate_up)?;
-            device.gemv_residual(&mut one.x, &one.h, &layer.down_proj)?;
+            device.gemv_residual(&mut one.residual.x, &one.attended, &layer.o_proj)?;
+            device.gemv_swiglu(&mut one.h, &one.residual.x, norm(&layer.post_attention_layernorm), &layer.gate_up)?;
+            device.gemv_residual(&mut one.residual.x, &one.h, &layer.down_proj)?;
         }
         self.head(answering)
     }

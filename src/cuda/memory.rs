@@ -46,12 +46,19 @@ pub fn weight_bytes(config: &Config) -> u64 {
     (elements * HALF) as u64
 }
 
+/// Sums of squares of a row of the residual stream: GLEANER_SQUARES in kernels.h.
+pub fn squares(width: usize) -> usize {
+    width.div_ceil(512) * 16
+}
+
 /// Elements of the buffers that a pass over rows takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct ActivationSizes {
-    /// Of the residual stream, and as many of what its norm gives.
+    /// Of the residual stream, and as many of it scaled for the norm.
     pub x: usize,
+    /// Of the sums of its squares.
+    pub squares: usize,
     pub attended: usize,
     pub h: usize,
     /// Cosines and sines.
@@ -62,6 +69,7 @@ impl ActivationSizes {
     pub fn new(config: &Config, rows: usize, positions: usize) -> ActivationSizes {
         ActivationSizes {
             x: rows * config.hidden_size,
+            squares: rows * squares(config.hidden_size),
             attended: rows * config.q_dim(),
             h: rows * config.intermediate_size,
             rope: positions * config.head_dim,
@@ -69,7 +77,7 @@ impl ActivationSizes {
     }
 
     fn bytes(&self) -> usize {
-        HALF * (2 * self.x + self.attended + self.h) + WORD * self.rope
+        HALF * (self.x + self.attended + self.h) + WORD * (self.x + self.squares + self.rope)
     }
 }
 
@@ -313,7 +321,8 @@ mod tests {
             sentences: 400,
             tokens: 6000,
         };
-        let x_and_normed = 2 * 1000 * 896 * 2;
+        let x_and_scaled = 1000 * 896 * (4 + 2);
+        let squares = 1000 * 32 * 4;
         let attended = 1000 * 14 * 64 * 2;
         let h = 1000 * 4864 * 2;
         let rope = 1000 * 32 * 8;
@@ -329,7 +338,7 @@ mod tests {
         let tables = (6000 + 401 + 8 + 1 + 30) * 4;
         let parts = ReadSizes::new(&qwen(), &shape).parts().map(|(_, bytes)| bytes);
         let scoring = q + k + by_token + logits + stats + head_sums + row_weights;
-        assert_eq!(parts, [x_and_normed + attended + h + rope + qkv, scoring, state + logs + tables]);
+        assert_eq!(parts, [x_and_scaled + squares + attended + h + rope + qkv, scoring, state + logs + tables]);
     }
 
     #[test]
@@ -374,7 +383,7 @@ mod tests {
     #[test]
     fn an_answer_takes_the_sum_of_its_buffers() {
         let cache = 24 * 1100 * 18 * 64 * 2;
-        let row = 2 * 896 * 2 + 896 * 2 + 4864 * 2;
+        let row = 896 * (4 + 2) + 32 * 4 + 896 * 2 + 4864 * 2;
         let tables = 2 * 1100 * 32 * 8;
         // Of each query head and of each of 16 parts a sum of values, a maximum and a total.
         let parts = 14 * 16 * 66 * 4;

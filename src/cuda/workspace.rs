@@ -5,17 +5,15 @@ use half::bf16;
 
 use super::device::Allocator;
 use super::memory::{ActivationSizes, ReadSizes};
-use super::ops::{DevicePlan, StepBuffers};
+use super::ops::{DevicePlan, Residual, StepBuffers};
 use super::{CudaDevice, memory};
 use crate::Result;
 use crate::model::{Model, RopeTable};
 
 /// Activations of a pass.
 pub struct Activations {
-    /// The residual stream, `[rows, hidden_size]`.
-    pub x: CudaSlice<bf16>,
-    /// Behind a norm, `[rows, hidden_size]`.
-    pub normed: CudaSlice<bf16>,
+    /// `[rows, hidden_size]`
+    pub residual: Residual,
     /// `[rows, num_attention_heads * head_dim]`
     pub attended: CudaSlice<bf16>,
     /// `[rows, intermediate_size]`
@@ -36,8 +34,7 @@ impl Activations {
         let mut rope = allocator.zeros(sizes.rope)?;
         device.upload_into("copying the rotary table to the GPU", &by_turns, &mut rope)?;
         Ok(Activations {
-            x: allocator.zeros(sizes.x)?,
-            normed: allocator.zeros(sizes.x)?,
+            residual: Residual::allocate(allocator, [sizes.x, sizes.x, sizes.squares])?,
             attended: allocator.zeros(sizes.attended)?,
             h: allocator.zeros(sizes.h)?,
             rope,

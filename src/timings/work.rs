@@ -17,8 +17,7 @@ pub enum Work {
         n: usize,
         /// Columns that go in.
         k: usize,
-        /// Numbers of the output moved a row: `n`, twice that where it is added to what was there, half of it where two
-        /// columns become one.
+        /// Columns moved of each row of the output, as if of bf16.
         moved: usize,
     },
     /// Each row attends to itself and the rows before it.
@@ -56,9 +55,9 @@ impl Work {
         Work::Product { n, k, moved: n }
     }
 
-    /// A product that is added to what its output held.
+    /// A product that is added to the residual stream: read and written in fp32, and written in bf16.
     pub fn residual(n: usize, k: usize) -> Work {
-        Work::Product { n, k, moved: 2 * n }
+        Work::Product { n, k, moved: 5 * n }
     }
 
     /// A product whose columns become one of two.

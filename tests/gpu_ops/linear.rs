@@ -1,18 +1,16 @@
 //! The linear layers, for many rows and for one, with what becomes of their results.
 
-use gleaner::cuda::ops::{Norm, Rotation};
+use gleaner::cuda::ops::{Norm, Normed, Rotation};
 use half::bf16;
 
 use super::{
-    BF16_ROUNDING, CANARIES, CANARY, FP32_ROUNDING, Gpu, JUNK_ROWS, READING_LENGTHS, check_product, check_within,
-    noise, product, rotate,
+    BF16_ROUNDING, CANARIES, CANARY, EPS, FP32_ROUNDING, Gpu, JUNK_ROWS, Noise, READING_LENGTHS, WORD_CANARY,
+    accumulation, check_product, check_within, noise, product, rotate, to_f32,
 };
 use crate::rows::normalised;
 
 /// Shapes of the demo model, of Qwen2.5-0.5B, and odd ones.
 const LINEARS: [(usize, usize); 5] = [(640, 384), (1152, 896), (48, 40), (896, 4864), (272, 72)];
-
-const EPS: f32 = 1e-6;
 
 /// `norm(a) weight^T + bias` in fp64, and the sums of its terms' magnitudes.
 fn normed_product(a: &[bf16], norm: &[bf16], weight: &[bf16], bias: &[bf16]) -> (Vec<f64>, Vec<f64>) {
@@ -42,7 +40,7 @@ fn swiglu_of_one(gpu: &Gpu, (n, k): (usize, usize), bias: bool) -> f64 {
     let expected: Vec<f64> = products.iter().map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up).collect();
     let mut out = gpu.canaries(1, n / 2);
     let norm_gpu = gpu.upload(&norm);
-    gpu.device.gemv_swiglu(&mut out, &gpu.upload(&a), Norm { weight: &norm_gpu, eps: EPS }, &linear).unwrap();
+    gpu.device.gemv_swiglu(&mut out, &gpu.upload(&to_f32(&a)), Norm { weight: &norm_gpu, eps: EPS }, &linear).unwrap();
     let op = format!("gemv_swiglu [{n}, {k}]");
     // The slope of silu is at most 1.1.
     let allowed = |i: usize| {
@@ -56,31 +54,48 @@ fn swiglu_of_one(gpu: &Gpu, (n, k): (usize, usize), bias: bool) -> f64 {
 fn residual(gpu: &mut Gpu, rows: usize, (n, k): (usize, usize), bias: bool) -> f64 {
     gpu.set(rows, [0, 0]);
     let (linear, weight, bias) = gpu.linear(n, k, bias);
-    let (a, x) = (noise(rows * k, 5), noise(rows * n, 6));
-    let mut out = gpu.with_canaries(&x, n);
-    gpu.device.gemm_residual(&mut out, &gpu.with_junk(&a, k), &linear, gpu.rows(rows)).unwrap();
-    let expected: Vec<f64> = product(&a, &weight, &bias, n, k).iter().zip(&x).map(|(y, x)| y + x.to_f64()).collect();
+    let (a, norm) = (noise(rows * k, 5), noise(n, 16));
+    let mut fine = Noise::new(6);
+    let x: Vec<f32> = (0..rows * n).map(|_| (2.0 * fine.unit() - 1.0) as f32).collect();
+    let mut out = gpu.residual_canaries(&x, rows, n);
+    gpu.device.gemm_residual(&mut out, &gpu.with_junk(&a, k), &linear, &gpu.upload(&norm), gpu.rows(rows)).unwrap();
+    let expected: Vec<f64> = product(&a, &weight, &bias, n, k).iter().zip(&x).map(|(y, &x)| y + x as f64).collect();
     let op = format!("gemm_residual [{rows}, {n}, {k}]");
-    let worst = check_product(&gpu.download(&out, rows * n, &op), &expected, k, &op);
+    // The stream is fp32: beside the product, two additions.
+    let allowed = |_| accumulation(k);
+    let worst = gpu.check_residual(&out, &expected, &norm, allowed, &op);
     if rows > 1 {
         return worst;
     }
-    let mut out = gpu.upload(&[&x[..], &[CANARY; CANARIES]].concat());
+    let mut out = gpu.upload(&[&x[..], &[WORD_CANARY; CANARIES]].concat());
     gpu.device.gemv_residual(&mut out, &gpu.upload(&a), &linear).unwrap();
     let op = format!("gemv_residual [{n}, {k}]");
-    worst.max(check_product(&gpu.download(&out, n, &op), &expected, k, &op))
+    let out = gpu.fetch(&out);
+    assert!(out[n..].iter().all(|value| value.to_bits() == WORD_CANARY.to_bits()), "{op} wrote behind its row");
+    let out: Vec<f64> = out[..n].iter().map(|&value| value as f64).collect();
+    worst.max(check_within(&out, &expected, allowed, &op))
+}
+
+/// `normalised a weight^T + bias`, where rows of the product take what is left of the norm.
+fn product_of_stream(a: &[bf16], factors: &[f64], weight: &[bf16], bias: &[bf16], n: usize, k: usize) -> Vec<f64> {
+    let mut out = product(a, weight, &vec![bf16::ZERO; n], n, k);
+    for (row, factor) in out.chunks_mut(n).zip(factors) {
+        row.iter_mut().zip(bias).for_each(|(out, bias)| *out = *out * factor + bias.to_f64());
+    }
+    out
 }
 
 fn swiglu(gpu: &mut Gpu, rows: usize, (n, k): (usize, usize), bias_given: bool) -> f64 {
     gpu.set(rows, [0, 0]);
     let (linear, weight, bias) = gpu.linear(n, k, bias_given);
     let a = noise(rows * k, 7);
-    let expected: Vec<f64> = product(&a, &weight, &bias, n, k)
+    let (stream, factors) = gpu.residual_of(&a, k, 27);
+    let expected: Vec<f64> = product_of_stream(&a, &factors, &weight, &bias, n, k)
         .chunks(16)
         .flat_map(|pair| (0..8).map(|i| pair[i] / (1.0 + (-pair[i]).exp()) * pair[8 + i]).collect::<Vec<_>>())
         .collect();
     let mut out = gpu.canaries(rows, n / 2);
-    gpu.device.gemm_swiglu(&mut out, &gpu.with_junk(&a, k), &linear, gpu.rows(rows)).unwrap();
+    gpu.device.gemm_swiglu(&mut out, Normed { residual: &stream, eps: EPS }, &linear, gpu.rows(rows)).unwrap();
     let op = format!("gemm_swiglu [{rows}, {n}, {k}]");
     let worst = check_product(&gpu.download(&out, rows * n / 2, &op), &expected, k, &op);
     if rows == 1 { worst.max(swiglu_of_one(gpu, (n, k), bias_given)) } else { worst }
@@ -93,14 +108,15 @@ fn rope(gpu: &mut Gpu, (rows, first): (usize, usize), head_dim: usize, n: usize,
     let (linear, weight, bias) = gpu.linear(n, k, true);
     let a = noise((first + rows) * k, 8);
     let (table, table_gpu) = gpu.rope_table(first + rows + JUNK_ROWS, head_dim);
-    let mut expected = product(&a[first * k..], &weight, &bias, n, k);
+    let (stream, factors) = gpu.residual_of(&a, k, 28);
+    let mut expected = product_of_stream(&a[first * k..], &factors[first..], &weight, &bias, n, k);
     for (row, out) in expected.chunks_mut(n).enumerate() {
         out[..columns].chunks_mut(head_dim).for_each(|head| rotate(head, &table, first + row));
     }
     let rotation = Rotation { table: &table_gpu, head_dim, columns };
     let mut out = gpu.canaries(rows, n);
-    let a_gpu = gpu.with_junk(&a, k);
-    gpu.device.gemm_rope(&mut out, &a_gpu, &linear, rotation, gpu.rows(rows), Some(gpu.shift(0))).unwrap();
+    let (live, first_row) = (gpu.rows(rows), Some(gpu.shift(0)));
+    gpu.device.gemm_rope(&mut out, Normed { residual: &stream, eps: EPS }, &linear, rotation, live, first_row).unwrap();
     let op = format!("gemm_rope [{rows}, {n}, {k}] from {first}");
     check_product(&gpu.download(&out, rows * n, &op), &expected, k, &op)
 }
@@ -199,7 +215,9 @@ fn gemv_logits() {
         let norm = Norm { weight: &norm_gpu, eps: EPS };
         // Columns behind the vocabulary are none of its tokens.
         let vocab_size = n - 5;
-        gpu.device.gemv_logits(&mut out, &mut best, &gpu.upload(&a), norm, &linear.weight, [vocab_size, n]).unwrap();
+        gpu.device
+            .gemv_logits(&mut out, &mut best, &gpu.upload(&to_f32(&a)), norm, &linear.weight, [vocab_size, n])
+            .unwrap();
         let out = gpu.fetch(&out);
         assert!(out[n..].iter().all(|value| *value == CANARY), "gemv_logits [{n}, {k}] wrote behind its row");
         let likeliest = (0..vocab_size).max_by(|a, b| out[*a].total_cmp(&out[*b]).then(b.cmp(a))).unwrap();
@@ -232,7 +250,9 @@ fn gemv_rope() {
                 expected[..columns].chunks_mut(head_dim).for_each(|head| rotate(head, &table, position));
                 let rotation = Rotation { table: &table_gpu, head_dim, columns };
                 let mut out = gpu.canaries(rows, n);
-                gpu.device.gemv_rope(&mut out, &gpu.upload(&a), norm, &linear, rotation, gpu.shift(0)).unwrap();
+                gpu.device
+                    .gemv_rope(&mut out, &gpu.upload(&to_f32(&a)), norm, &linear, rotation, gpu.shift(0))
+                    .unwrap();
                 let op = format!("gemv_rope [{n}, {k}] to row {position}, {columns} columns rotated");
                 let out = gpu.fetch(&out);
                 let (start, end) = (position * n, (position + 1) * n);

@@ -10,7 +10,7 @@ mod selection;
 
 use cudarc::driver::{CudaSlice, DeviceRepr};
 use gleaner::cuda::CudaDevice;
-use gleaner::cuda::ops::{DeviceLinear, Rows, Shift};
+use gleaner::cuda::ops::{DeviceLinear, Residual, Rows, Shift};
 use half::bf16;
 use rayon::prelude::*;
 
@@ -23,9 +23,18 @@ const BF16_ROUNDING: f64 = 1.0 / 256.0;
 /// fp32 has 24 significant bits: each operation is off by at most 2^-24 of its result.
 const FP32_ROUNDING: f64 = 1.0 / (1 << 24) as f64;
 
+/// What norms add to the mean square.
+const EPS: f32 = 1e-6;
+
 /// Elements behind every output that a kernel must leave alone.
 const CANARIES: usize = 4096;
 const CANARY: bf16 = bf16::from_bits(0x7b7b);
+const WORD_CANARY: f32 = f32::from_bits(0x7b7b_7b7b);
+
+/// Slots of the squares of a row of the residual stream: GLEANER_SQUARES in kernels.h.
+fn slots(width: usize) -> usize {
+    width.div_ceil(512) * 16
+}
 
 /// Repeatable noise in 0..1.
 struct Noise(u64);
@@ -97,6 +106,59 @@ impl Gpu {
 
     fn canaries(&self, rows: usize, width: usize) -> CudaSlice<bf16> {
         self.with_canaries(&vec![CANARY; rows * width], width)
+    }
+
+    /// A residual stream to be written: rows of `x`, the other buffers empty, canaries behind all.
+    fn residual_canaries(&self, x: &[f32], rows: usize, width: usize) -> Residual {
+        let canaries = |live: &[f32], width: usize| {
+            self.upload(&[live, &vec![WORD_CANARY; JUNK_ROWS * width + CANARIES]].concat())
+        };
+        let (scaled, squares) = (self.canaries(rows, width), vec![0.0; rows * slots(width)]);
+        Residual { x: canaries(x, width), scaled, squares: canaries(&squares, slots(width)) }
+    }
+
+    /// A residual stream to be read, of which the products see rows of `scaled` and a factor for each; NaN behind them.
+    fn residual_of(&self, scaled: &[bf16], width: usize, seed: u64) -> (Residual, Vec<f64>) {
+        let (rows, slots, mut noise) = (scaled.len() / width, slots(width), Noise::new(seed));
+        let mean = 2.0 * width as f64 / slots as f64;
+        let squares: Vec<f32> = (0..rows * slots).map(|_| (noise.unit() * mean) as f32).collect();
+        let factor = |row: &[f32]| {
+            let sum: f64 = row.iter().map(|&square| square as f64).sum();
+            (sum / width as f64 + EPS as f64).sqrt().recip()
+        };
+        let factors = squares.chunks(slots).map(factor).collect();
+        let squares = self.upload(&[&squares[..], &vec![f32::NAN; JUNK_ROWS * slots]].concat());
+        let x = self.upload(&[f32::NAN]);
+        (Residual { x, scaled: self.with_junk(scaled, width), squares }, factors)
+    }
+
+    /// What an op left in a residual stream, where `expected` is known of `x`, each within `allowed`: `x` itself, `x` times
+    /// `norm`, and sums of squares of what is there. Returns the worst error as a share of its bound.
+    fn check_residual(
+        &self,
+        residual: &Residual,
+        expected: &[f64],
+        norm: &[bf16],
+        allowed: impl Fn(usize) -> f64,
+        op: &str,
+    ) -> f64 {
+        let (live, width) = (expected.len(), norm.len());
+        let x = self.fetch(&residual.x);
+        let is_canary = |value: &f32| value.to_bits() == WORD_CANARY.to_bits();
+        assert!(x[live..].iter().all(is_canary), "{op} wrote x behind its rows");
+        let x: Vec<f64> = x[..live].iter().map(|&value| value as f64).collect();
+        let mut worst = check_within(&x, expected, allowed, op);
+        let scaled = self.download(&residual.scaled, live, op);
+        let product: Vec<f64> = x.iter().zip(norm.iter().cycle()).map(|(x, weight)| x * weight.to_f64()).collect();
+        worst = worst.max(check(&scaled, &product, op));
+        let (squares, live_slots) = (self.fetch(&residual.squares), live / width * slots(width));
+        assert!(squares[live_slots..].iter().all(is_canary), "{op} wrote squares behind its rows");
+        let sum = |row: &[f64]| row.iter().map(|x| x * x).sum::<f64>();
+        let sums: Vec<f64> = x.chunks(width).map(sum).collect();
+        let of_slots = squares[..live_slots].chunks(slots(width)).map(|row| row.iter().map(|&s| s as f64).sum());
+        // Each of the additions is off by at most 2^-24 of the sum, and so is each square.
+        let rounding = |row: usize| sums[row] * (width + 8) as f64 * FP32_ROUNDING;
+        worst.max(check_within(&of_slots.collect::<Vec<f64>>(), &sums, rounding, op))
     }
 
     fn set(&mut self, rows: usize, shifts: [usize; 2]) {

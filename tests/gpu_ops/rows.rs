@@ -1,15 +1,10 @@
 //! What works row by row: embedding, RMSNorm, the head norms of Qwen3; and the checks of shapes.
 
 use gleaner::cuda::CudaDevice;
-use gleaner::cuda::ops::{Heads, Rotation, Rows};
+use gleaner::cuda::ops::{Heads, Normed, Residual, Rotation, Rows};
 use half::bf16;
 
-use super::{CANARY, Gpu, JUNK_ROWS, Noise, READING_LENGTHS, check, noise, rotate};
-
-/// On, just below and just above every tile edge the kernels have, and the lengths of real steps.
-fn row_counts() -> impl Iterator<Item = usize> {
-    [1, 63, 64, 65, 127, 128, 129].into_iter().chain(READING_LENGTHS)
-}
+use super::{CANARY, EPS, Gpu, JUNK_ROWS, Noise, check, noise, rotate};
 
 /// `x / sqrt(mean(x^2) + eps) * weight`
 pub fn normalised(x: &[bf16], weight: &[bf16], eps: f32) -> Vec<f64> {
@@ -18,50 +13,30 @@ pub fn normalised(x: &[bf16], weight: &[bf16], eps: f32) -> Vec<f64> {
     x.iter().zip(weight).map(|(x, w)| x.to_f64() * scale * w.to_f64()).collect()
 }
 
-#[test]
-#[ignore = "needs a GPU"]
-fn rms_norm() {
-    let mut gpu = Gpu::open();
-    let eps = 1e-6f32;
-    let mut worst = 0.0f64;
-    for hidden_size in [8, 128, 384, 896, 3584] {
-        for rows in row_counts() {
-            gpu.set(rows, [0, 0]);
-            let (x, weight) = (noise(rows * hidden_size, 1), noise(hidden_size, 2));
-            let mut out = gpu.canaries(rows, hidden_size);
-            let (x_gpu, weight_gpu) = (gpu.with_junk(&x, hidden_size), gpu.upload(&weight));
-            gpu.device.rms_norm(&mut out, &x_gpu, &weight_gpu, gpu.rows(rows), hidden_size, eps).unwrap();
-            let expected: Vec<f64> = x.chunks(hidden_size).flat_map(|x| normalised(x, &weight, eps)).collect();
-            let op = format!("rms_norm [{rows}, {hidden_size}]");
-            worst = worst.max(check(&gpu.download(&out, rows * hidden_size, &op), &expected, &op));
-        }
-    }
-    println!("rms_norm: worst error {worst:.2} of the bound");
-}
-
-/// A copy, exact to the bit. The ids behind the live rows lead far out of the table: reading them would be an error.
+/// Rows exact to the bit, with what goes with them. The ids behind the live rows lead far out of the table: reading them would be an error.
 #[test]
 #[ignore = "needs a GPU"]
 fn embed() {
     let mut gpu = Gpu::open();
     for (vocab_size, hidden_size) in [(1, 8), (257, 384), (1000, 896), (333, 1048)] {
         let embedding = noise(vocab_size * hidden_size, 10);
-        let embedding_gpu = gpu.upload(&embedding);
+        let (embedding_gpu, norm) = (gpu.upload(&embedding), noise(hidden_size, 20));
+        let norm_gpu = gpu.upload(&norm);
         for rows in [1, 63, 130, 1894] {
             gpu.set(rows, [0, 0]);
             let mut choice = Noise::new(rows as u64);
             let mut prompt: Vec<u32> = (0..rows).map(|_| choice.below(vocab_size) as u32).collect();
             prompt[rows - 1] = vocab_size as u32 - 1;
             let prompt_gpu = gpu.upload(&[&prompt[..], &[u32::MAX; JUNK_ROWS]].concat());
-            let mut out = gpu.canaries(rows, hidden_size);
-            gpu.device.embed(&mut out, &prompt_gpu, &embedding_gpu, gpu.rows(rows), hidden_size).unwrap();
+            let mut out = gpu.residual_canaries(&vec![0.0; rows * hidden_size], rows, hidden_size);
+            gpu.device.embed(&mut out, &prompt_gpu, &embedding_gpu, &norm_gpu, gpu.rows(rows), hidden_size).unwrap();
             let expected: Vec<f64> = prompt
                 .iter()
                 .flat_map(|&id| &embedding[id as usize * hidden_size..(id as usize + 1) * hidden_size])
                 .map(|x| x.to_f64())
                 .collect();
             let op = format!("embed [{rows}, {hidden_size}]");
-            assert!(gpu.download(&out, rows * hidden_size, &op) == expected, "{op}");
+            gpu.check_residual(&out, &expected, &norm, |_| 0.0, &op);
         }
     }
 }
@@ -119,14 +94,21 @@ fn wrong_shapes_are_errors() {
     let x = gpu.upload(&[bf16::ZERO; 64]);
     let mut out = gpu.upload(&[bf16::ZERO; 64]);
     let rows = |max| Rows { ints: &gpu.ints, index: 0, max };
-    for (max, hidden_size) in [(1, 12), (9, 8), (1, 0), (usize::MAX, 8)] {
-        let error = gpu.device.rms_norm(&mut out, &x, &x, rows(max), hidden_size, 1e-6).unwrap_err();
-        assert!(error.to_string().contains("rms_norm"), "{error}");
+    let (mut stream, prompt) = (Residual::new(&gpu.device, 8, 8).unwrap(), gpu.upload(&[0u32; 16]));
+    for (max, width) in [(1, 12), (9, 8), (1, 0), (1 << 20, 8)] {
+        let error = gpu.device.embed(&mut stream, &prompt, &x, &x, rows(max), width).unwrap_err();
+        assert!(error.to_string().contains("embed"), "{error}");
     }
-    assert!(gpu.device.rms_norm(&mut out, &x, &x, rows(8), 8, 1e-6).is_ok());
+    assert!(gpu.device.embed(&mut stream, &prompt, &x, &x, rows(8), 8).is_ok());
     let (linear, ..) = gpu.linear(16, 8, true);
-    let error = gpu.device.gemm_residual(&mut out, &x, &linear, rows(9)).unwrap_err();
+    let error = gpu.device.gemm_residual(&mut stream, &x, &linear, &x, rows(9)).unwrap_err();
     assert!(error.to_string().contains("gemm_residual [9, 16, 8]"), "{error}");
+    let rotation = Rotation { table: &gpu.upload(&[0.0f32; 7 * 16]), head_dim: 16, columns: 16 };
+    let error = gpu
+        .device
+        .gemm_rope(&mut out, Normed { residual: &stream, eps: EPS }, &linear, rotation, rows(1), None)
+        .unwrap_err();
+    assert!(error.to_string().contains("too few positions"), "{error}");
     let heads = Heads { q: 3, kv: 2, dim: 64, window: 0 };
     assert!(gpu.device.attention(&mut out, &x, heads, rows(1)).is_err());
     let error = gpu.device.upload_into("a copy", &[bf16::ZERO; 65], &mut out).unwrap_err();

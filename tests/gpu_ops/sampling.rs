@@ -12,7 +12,7 @@ const SLOTS: usize = 3;
 
 struct Answer<'a> {
     gpu: &'a Gpu,
-    x: CudaSlice<bf16>,
+    x: CudaSlice<f32>,
     state: CudaSlice<i32>,
     sent: Sent,
     /// Row `id` of it is the bits of `id`, and something else.
@@ -24,7 +24,7 @@ impl Answer<'_> {
         let rows = (0..vocab_size).flat_map(|id| [id as u16, (id >> 16) as u16, 7, 7, 7, 7, 7, 7]);
         Answer {
             gpu,
-            x: gpu.upload(&[bf16::ZERO; 8]),
+            x: gpu.upload(&[0.0f32; 8]),
             state: gpu.upload(&[99, 0]),
             sent: Sent::new(&gpu.device, SLOTS).unwrap(),
             embedding: gpu.upload(&rows.map(bf16::from_bits).collect::<Vec<_>>()),
@@ -45,7 +45,7 @@ impl Answer<'_> {
         assert_eq!(self.gpu.fetch(&self.state), [100, index as i32 + 1]);
         assert_eq!(self.gpu.fetch(&best), [0]);
         let sent = self.sent.token(index);
-        let row = self.gpu.fetch(&self.x);
+        let row: Vec<bf16> = self.gpu.fetch(&self.x).into_iter().map(bf16::from_f32).collect();
         let embedded = row[0].to_bits() as u32 | (row[1].to_bits() as u32) << 16;
         assert_eq!((embedded, row[2].to_bits()), (if sent == NO_TOKEN { 0 } else { sent }, 7));
         sent

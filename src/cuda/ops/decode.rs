@@ -75,8 +75,8 @@ impl Sent {
 
 /// Where a sampled token goes.
 pub struct Sampled<'a> {
-    /// Its row of the embedding.
-    pub x: &'a mut CudaSlice<bf16>,
+    /// Its row of the embedding, `[hidden_size]`.
+    pub x: &'a mut CudaSlice<f32>,
     /// See [`answer`].
     pub answer: &'a mut CudaSlice<i32>,
     /// For the host.
@@ -116,16 +116,16 @@ pub fn sampling_words(sampling: &Sampling) -> [u64; 2] {
 }
 
 impl CudaDevice {
-    /// `out = norm(a) weight^T`, fp32 `[n]`, for a row `a` `[k]`; `best`, which must be 0, becomes the likeliest of the
+    /// `out = norm(x) weight^T`, fp32 `[n]`, for a row `x` `[k]`; `best`, which must be 0, becomes the likeliest of the
     /// first `vocab_size` tokens, for [`CudaDevice::sample`].
     ///
     /// # Errors
-    /// As [`CudaDevice::rms_norm`].
+    /// As [`CudaDevice::embed`].
     pub fn gemv_logits(
         &self,
         out: &mut CudaSlice<f32>,
         best: &mut CudaSlice<u64>,
-        a: &CudaSlice<bf16>,
+        x: &CudaSlice<f32>,
         norm: Norm,
         weight: &CudaSlice<bf16>,
         [vocab_size, n]: [usize; 2],
@@ -135,16 +135,16 @@ impl CudaDevice {
         let valid = n > 0 && n.is_multiple_of(16) && k.is_multiple_of(8) && n < 1 << 24 && vocab_size <= n;
         require(valid, op, "n must be a multiple of 16 below 2^24, k of 8, and the vocabulary not larger than n")?;
         require(!best.is_empty(), op, "there is no room for the likeliest token")?;
-        require(out.len() >= n && a.len() >= k && weight.len() >= n * k, op, "a buffer is smaller than its shape")?;
+        require(out.len() >= n && x.len() >= k && weight.len() >= n * k, op, "a buffer is smaller than its shape")?;
         check_norm(&op, norm, k)?;
         let _kernel = self.kernel("gemv_logits", "", 1, Work::fp32_product(n, k));
-        // SAFETY: as in `rms_norm`.
+        // SAFETY: as in `embed`.
         check(
             unsafe {
                 ffi::gleaner_gemv_logits(
                     self.address_mut(out) as *mut f32,
                     self.address_mut(best) as *mut u64,
-                    self.address(a),
+                    self.address(x) as *const f32,
                     self.address(norm.weight),
                     self.address(weight),
                     norm.eps,
@@ -161,16 +161,16 @@ impl CudaDevice {
     /// `x += a weight^T + bias` for one row.
     ///
     /// # Errors
-    /// As [`CudaDevice::rms_norm`].
-    pub fn gemv_residual(&self, x: &mut CudaSlice<bf16>, a: &CudaSlice<bf16>, linear: &DeviceLinear) -> Result<()> {
+    /// As [`CudaDevice::embed`].
+    pub fn gemv_residual(&self, x: &mut CudaSlice<f32>, a: &CudaSlice<bf16>, linear: &DeviceLinear) -> Result<()> {
         let op = || format!("gemv_residual [{}, {}]", linear.n, linear.k);
         self.check_linear(&op, x.len(), a.len(), linear, 1)?;
         let _kernel = self.kernel("gemv_residual", linear.role, 1, Work::residual(linear.n, linear.k));
-        // SAFETY: as in `rms_norm`, with the shapes that `check_linear` checked.
+        // SAFETY: as in `embed`, with the shapes that `check_linear` checked.
         check(
             unsafe {
                 ffi::gleaner_gemv_residual(
-                    self.address_mut(x),
+                    self.address_mut(x) as *mut f32,
                     self.address(a),
                     self.address(&linear.weight),
                     self.bias(linear),
@@ -186,24 +186,24 @@ impl CudaDevice {
     /// [`CudaDevice::gemm_swiglu`] for one row, which is normalised first.
     ///
     /// # Errors
-    /// As [`CudaDevice::rms_norm`].
+    /// As [`CudaDevice::embed`].
     pub fn gemv_swiglu(
         &self,
         out: &mut CudaSlice<bf16>,
-        a: &CudaSlice<bf16>,
+        x: &CudaSlice<f32>,
         norm: Norm,
         linear: &DeviceLinear,
     ) -> Result<()> {
         let op = || format!("gemv_swiglu [{}, {}]", linear.n, linear.k);
-        self.check_linear(&op, out.len() * 2, a.len(), linear, 1)?;
+        self.check_linear(&op, out.len() * 2, x.len(), linear, 1)?;
         check_norm(&op, norm, linear.k)?;
         let _kernel = self.kernel("gemv_swiglu", linear.role, 1, Work::swiglu(linear.n, linear.k));
-        // SAFETY: as in `rms_norm`, with the shapes that `check_linear` checked.
+        // SAFETY: as in `embed`, with the shapes that `check_linear` checked.
         check(
             unsafe {
                 ffi::gleaner_gemv_swiglu(
                     self.address_mut(out),
-                    self.address(a),
+                    self.address(x) as *const f32,
                     self.address(norm.weight),
                     self.address(&linear.weight),
                     self.bias(linear),
@@ -217,33 +217,33 @@ impl CudaDevice {
         )
     }
 
-    /// [`CudaDevice::gemm_rope`] for one row `a`, which is normalised first, written to row `position` of `out`; `position` is a device integer
-    /// below the rows of `out` and of the table.
+    /// [`CudaDevice::gemm_rope`] for one row `x`, which is normalised first, written to row `position` of `out`; `position` is a device
+    /// integer below the rows of `out` and of the table.
     ///
     /// # Errors
-    /// As [`CudaDevice::rms_norm`].
+    /// As [`CudaDevice::embed`].
     pub fn gemv_rope(
         &self,
         out: &mut CudaSlice<bf16>,
-        a: &CudaSlice<bf16>,
+        x: &CudaSlice<f32>,
         norm: Norm,
         linear: &DeviceLinear,
         rotation: Rotation,
         position: Shift,
     ) -> Result<()> {
         let op = || format!("gemv_rope [{}, {}]", linear.n, linear.k);
-        self.check_linear(&op, out.len(), a.len(), linear, 1)?;
+        self.check_linear(&op, out.len(), x.len(), linear, 1)?;
         check_rotation(&op, rotation, linear.n, out.len() / linear.n)?;
         check_norm(&op, norm, linear.k)?;
         let position = self.shift(Some(position))?;
         let _kernel = self.kernel("gemv_rope", linear.role, 1, Work::product(linear.n, linear.k));
-        // SAFETY: as in `rms_norm`; the caller keeps the position below the rows of `out`, of which the table has as
+        // SAFETY: as in `embed`; the caller keeps the position below the rows of `out`, of which the table has as
         // many positions (checked above).
         check(
             unsafe {
                 ffi::gleaner_gemv_rope(
                     self.address_mut(out),
-                    self.address(a),
+                    self.address(x) as *const f32,
                     self.address(norm.weight),
                     self.address(&linear.weight),
                     self.bias(linear),
@@ -283,7 +283,7 @@ impl CudaDevice {
         let Heads { q, kv, dim, window } = heads;
         let work = Work::DecodeAttention { q_dim: q * dim, kv_dim: kv * dim, window };
         let _kernel = self.kernel("decode_attention", "", max_rows, work);
-        // SAFETY: as in `rms_norm`; the caller keeps the position below the rows of `qkv`.
+        // SAFETY: as in `embed`; the caller keeps the position below the rows of `qkv`.
         check(
             unsafe {
                 ffi::gleaner_decode_attention(
@@ -329,7 +329,7 @@ impl CudaDevice {
         check(
             unsafe {
                 ffi::gleaner_sample(
-                    self.address_mut(x),
+                    self.address_mut(x) as *mut f32,
                     self.address_mut(answer) as *mut ffi::GleanerAnswer,
                     sent.address as *mut u32,
                     self.address_mut(best) as *mut u64,
@@ -350,7 +350,7 @@ impl CudaDevice {
     /// `norms[0]`, the others with `norms[1]`, and rotates them by their row, `first_row + row`, plus `row_start`.
     ///
     /// # Errors
-    /// As [`CudaDevice::rms_norm`].
+    /// As [`CudaDevice::embed`].
     #[allow(clippy::too_many_arguments, reason = "rows, shifts and shape are one launch's contract")]
     pub fn head_norm(
         &self,
@@ -372,7 +372,7 @@ impl CudaDevice {
         require(rotation.table.len() >= rows.max * dim, op, "the table has too few positions")?;
         let (count, first_row, row_start) = (self.count(rows)?, self.shift(first_row)?, self.shift(row_start)?);
         let _kernel = self.kernel("head_norm", "", rows.max, Work::Elementwise { width: (q + k) * dim });
-        // SAFETY: as in `rms_norm`; the caller keeps shifted rows and positions within `x` and the table.
+        // SAFETY: as in `embed`; the caller keeps shifted rows and positions within `x` and the table.
         check(
             unsafe {
                 ffi::gleaner_head_norm(

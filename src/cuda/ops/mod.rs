@@ -15,7 +15,8 @@ use std::ffi::{CStr, c_int, c_void};
 use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut};
 use half::bf16;
 
-use crate::cuda::{CudaDevice, ffi};
+use crate::cuda::device::Allocator;
+use crate::cuda::{CudaDevice, ffi, memory};
 use crate::timings::Work;
 use crate::{Error, Result};
 
@@ -61,6 +62,44 @@ impl DeviceLinear {
     pub fn new(weight: CudaSlice<bf16>, bias: Option<CudaSlice<bf16>>, n: usize, k: usize) -> DeviceLinear {
         DeviceLinear { weight, bias, n, k, role: "" }
     }
+}
+
+/// The residual stream of some rows, with what the products behind it are made of.
+pub struct Residual {
+    /// The stream itself, `[rows, width]`.
+    pub x: CudaSlice<f32>,
+    /// `x` times the weights of the norm that comes next, `[rows, width]`.
+    pub scaled: CudaSlice<bf16>,
+    /// Sums of the squares of `x` by parts of a row, for the norm.
+    pub squares: CudaSlice<f32>,
+}
+
+impl Residual {
+    /// Elements of its buffers for so many rows.
+    pub(in crate::cuda) fn lens(rows: usize, width: usize) -> [usize; 3] {
+        [rows * width, rows * width, rows * memory::squares(width)]
+    }
+
+    /// For so many rows of `width` columns, zero.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`], out of memory among them.
+    pub fn new(device: &CudaDevice, rows: usize, width: usize) -> Result<Residual> {
+        Residual::allocate(&mut Allocator::new(device), Residual::lens(rows, width))
+    }
+
+    pub(in crate::cuda) fn allocate(allocator: &mut Allocator, [x, scaled, squares]: [usize; 3]) -> Result<Residual> {
+        Ok(Residual { x: allocator.zeros(x)?, scaled: allocator.zeros(scaled)?, squares: allocator.zeros(squares)? })
+    }
+}
+
+/// The residual stream behind the norm whose weights it was scaled with.
+#[derive(Clone, Copy)]
+pub struct Normed<'a> {
+    /// As the op before left it.
+    pub residual: &'a Residual,
+    /// Added to the mean square.
+    pub eps: f32,
 }
 
 /// Heads that are rotated by their row's position.
@@ -158,39 +197,147 @@ impl CudaDevice {
         require(out >= rows * n && a >= rows * k, op, "a buffer is smaller than its rows")
     }
 
-    /// `out = x / sqrt(mean(x^2) + eps) * weight` for each row; `out` and `x` are `[rows, hidden_size]`, `weight` is
-    /// `[hidden_size]`. Arithmetic in fp32, one rounding to bf16 at the end.
+    fn check_residual(
+        &self,
+        op: &dyn Fn() -> String,
+        residual: &Residual,
+        norm: &CudaSlice<bf16>,
+        rows: usize,
+        width: usize,
+    ) -> Result<()> {
+        let lens = Residual::lens(rows, width);
+        let fits =
+            [residual.x.len(), residual.scaled.len(), residual.squares.len()].iter().zip(lens).all(|(a, b)| *a >= b);
+        require(fits, op, "the residual stream has fewer rows")?;
+        require(norm.len() >= width, op, "the norm is narrower than the residual stream")
+    }
+
+    /// The residual stream of a prompt: the rows of `embedding` `[vocab_size, width]` of its ids, which must be below
+    /// `vocab_size`. `norm` `[width]` is the weight of the norm that comes next.
     ///
     /// # Errors
-    /// [`Error::Cuda`] if a buffer is too small, `hidden_size` is not a multiple of 8, or the launch fails.
-    pub fn rms_norm(
+    /// [`Error::Cuda`] if a buffer is too small, `width` is not a multiple of 8, or the launch fails.
+    pub fn embed(
         &self,
-        out: &mut CudaSlice<bf16>,
-        x: &CudaSlice<bf16>,
-        weight: &CudaSlice<bf16>,
+        residual: &mut Residual,
+        prompt: &CudaSlice<u32>,
+        embedding: &CudaSlice<bf16>,
+        norm: &CudaSlice<bf16>,
         rows: Rows,
-        hidden_size: usize,
-        eps: f32,
+        width: usize,
     ) -> Result<()> {
-        let op = || format!("rms_norm [{}, {hidden_size}]", rows.max);
-        let valid = hidden_size > 0 && hidden_size.is_multiple_of(8) && hidden_size < 1 << 20 && rows.max < 1 << 20;
-        require(valid, op, "hidden_size must be a multiple of 8 below 1048576, with fewer than 1048576 rows")?;
-        let elements = rows.max * hidden_size;
-        let fits = out.len() >= elements && x.len() >= elements && weight.len() >= hidden_size;
-        require(fits, op, "a buffer is smaller than its rows")?;
+        let op = || format!("embed [{}, {width}]", rows.max);
+        let valid = width > 0 && width.is_multiple_of(8) && width < 1 << 20 && rows.max <= MAX_ROWS;
+        require(valid, op, "the width must be a multiple of 8 below 1048576, with fewer than 1048576 rows")?;
+        self.check_residual(&op, residual, norm, rows.max, width)?;
+        require(prompt.len() >= rows.max && embedding.len() >= width, op, "a buffer is smaller than its rows")?;
         let count = self.count(rows)?;
-        let _kernel = self.kernel("rms_norm", "", rows.max, Work::Elementwise { width: hidden_size });
+        let _kernel = self.kernel("embed", "", rows.max, Work::Elementwise { width: 2 * width });
         // SAFETY: the buffers live on this stream's device and hold the rows that the kernel touches (checked above);
-        // allocations are aligned to 256 bytes, so rows of a multiple of 8 elements are aligned for 16-byte loads.
+        // allocations are aligned to 256 bytes, so rows of a multiple of 8 elements are aligned for 16-byte loads. Ids were
+        // checked against the embedding when the plan or prompt was validated.
         check(
             unsafe {
-                ffi::gleaner_rms_norm(
-                    self.address_mut(out),
-                    self.address(x),
-                    self.address(weight),
+                ffi::gleaner_embed(
+                    self.address_mut(&mut residual.x) as *mut f32,
+                    self.address_mut(&mut residual.scaled),
+                    self.address_mut(&mut residual.squares) as *mut f32,
+                    self.address(prompt) as *const u32,
+                    self.address(embedding),
+                    self.address(norm),
                     count,
                     rows.max as c_int,
-                    hidden_size as c_int,
+                    width as c_int,
+                    self.raw_stream(),
+                )
+            },
+            op,
+        )
+    }
+
+    /// `x += a weight^T + bias`, and what goes with `x` in the residual stream; `a` is `[rows, k]`. `norm` `[n]` is the weight
+    /// of the norm that comes next.
+    ///
+    /// # Errors
+    /// As [`CudaDevice::embed`].
+    pub fn gemm_residual(
+        &self,
+        residual: &mut Residual,
+        a: &CudaSlice<bf16>,
+        linear: &DeviceLinear,
+        norm: &CudaSlice<bf16>,
+        rows: Rows,
+    ) -> Result<()> {
+        let op = || format!("gemm_residual [{}, {}, {}]", rows.max, linear.n, linear.k);
+        self.check_linear(&op, residual.x.len(), a.len(), linear, rows.max)?;
+        self.check_residual(&op, residual, norm, rows.max, linear.n)?;
+        let count = self.count(rows)?;
+        let launch = match self.runs_hopper_kernels() {
+            true => ffi::gleaner_gemm_sm90_residual,
+            false => ffi::gleaner_gemm_residual,
+        };
+        let _kernel = self.kernel("gemm_residual", linear.role, rows.max, Work::residual(linear.n, linear.k));
+        // SAFETY: as in `embed`, with the shapes that `check_linear` checked.
+        check(
+            unsafe {
+                launch(
+                    self.address_mut(&mut residual.x) as *mut f32,
+                    self.address_mut(&mut residual.scaled),
+                    self.address_mut(&mut residual.squares) as *mut f32,
+                    self.address(a),
+                    self.address(&linear.weight),
+                    self.bias(linear),
+                    self.address(norm),
+                    count,
+                    rows.max as c_int,
+                    linear.n as c_int,
+                    linear.k as c_int,
+                    self.raw_stream(),
+                )
+            },
+            op,
+        )
+    }
+
+    /// `out = silu(gate) * up` of the input, `[rows, n / 2]`; the rows of the weight come as 8 of the gate, 8 of up, and so
+    /// on.
+    ///
+    /// # Errors
+    /// As [`CudaDevice::embed`].
+    pub fn gemm_swiglu(
+        &self,
+        out: &mut CudaSlice<bf16>,
+        input: Normed,
+        linear: &DeviceLinear,
+        rows: Rows,
+    ) -> Result<()> {
+        let op = || format!("gemm_swiglu [{}, {}, {}]", rows.max, linear.n, linear.k);
+        let Normed { residual, eps } = input;
+        self.check_linear(&op, out.len() * 2, residual.scaled.len(), linear, rows.max)?;
+        require(
+            residual.squares.len() >= Residual::lens(rows.max, linear.k)[2],
+            op,
+            "a buffer is smaller than its rows",
+        )?;
+        let count = self.count(rows)?;
+        let launch = match self.runs_hopper_kernels() {
+            true => ffi::gleaner_gemm_sm90_swiglu,
+            false => ffi::gleaner_gemm_swiglu,
+        };
+        let _kernel = self.kernel("gemm_swiglu", linear.role, rows.max, Work::swiglu(linear.n, linear.k));
+        // SAFETY: as in `embed`, with the shapes that `check_linear` checked.
+        check(
+            unsafe {
+                launch(
+                    self.address_mut(out),
+                    self.address(&residual.scaled),
+                    self.address(&residual.squares) as *const f32,
+                    self.address(&linear.weight),
+                    self.bias(linear),
+                    count,
+                    rows.max as c_int,
+                    linear.n as c_int,
+                    linear.k as c_int,
                     eps,
                     self.raw_stream(),
                 )
@@ -199,159 +346,49 @@ impl CudaDevice {
         )
     }
 
-    /// `x = embedding[prompt]`; `x` is `[rows, hidden_size]`, `embedding` is `[vocab_size, hidden_size]`. The ids of
-    /// `prompt` must be below `vocab_size`.
+    /// `out = input[first..] weight^T + bias`, `[rows, n]`, with heads rotated by their row of the input. `first` is a device
+    /// integer; the input holds `first + rows` rows, and the rotation's table as many positions as it has room for.
     ///
     /// # Errors
-    /// As [`CudaDevice::rms_norm`].
-    pub fn embed(
-        &self,
-        x: &mut CudaSlice<bf16>,
-        prompt: &CudaSlice<u32>,
-        embedding: &CudaSlice<bf16>,
-        rows: Rows,
-        hidden_size: usize,
-    ) -> Result<()> {
-        let op = || format!("embed [{}, {hidden_size}]", rows.max);
-        require(
-            hidden_size > 0 && hidden_size.is_multiple_of(8) && hidden_size < 1 << 20,
-            op,
-            "hidden_size must be a multiple of 8",
-        )?;
-        require(
-            x.len() >= rows.max * hidden_size && prompt.len() >= rows.max,
-            op,
-            "a buffer is smaller than its rows",
-        )?;
-        require(embedding.len() >= hidden_size, op, "the embedding is empty")?;
-        let count = self.count(rows)?;
-        let _kernel = self.kernel("embed", "", rows.max, Work::Elementwise { width: hidden_size });
-        // SAFETY: as in `rms_norm`; ids were checked against the embedding when the plan or prompt was validated.
-        check(
-            unsafe {
-                ffi::gleaner_embed(
-                    self.address_mut(x),
-                    self.address(prompt) as *const u32,
-                    self.address(embedding),
-                    count,
-                    rows.max as c_int,
-                    hidden_size as c_int,
-                    self.raw_stream(),
-                )
-            },
-            op,
-        )
-    }
-
-    /// `x += a weight^T + bias`; `x` is `[rows, n]`, `a` is `[rows, k]`.
-    ///
-    /// # Errors
-    /// As [`CudaDevice::rms_norm`].
-    pub fn gemm_residual(
-        &self,
-        x: &mut CudaSlice<bf16>,
-        a: &CudaSlice<bf16>,
-        linear: &DeviceLinear,
-        rows: Rows,
-    ) -> Result<()> {
-        let op = || format!("gemm_residual [{}, {}, {}]", rows.max, linear.n, linear.k);
-        self.check_linear(&op, x.len(), a.len(), linear, rows.max)?;
-        let count = self.count(rows)?;
-        let launch = match self.runs_hopper_kernels() {
-            true => ffi::gleaner_gemm_sm90_residual,
-            false => ffi::gleaner_gemm_residual,
-        };
-        let _kernel = self.kernel("gemm_residual", linear.role, rows.max, Work::residual(linear.n, linear.k));
-        // SAFETY: as in `rms_norm`, with the shapes that `check_linear` checked.
-        check(
-            unsafe {
-                launch(
-                    self.address_mut(x),
-                    self.address(a),
-                    self.address(&linear.weight),
-                    self.bias(linear),
-                    count,
-                    rows.max as c_int,
-                    linear.n as c_int,
-                    linear.k as c_int,
-                    self.raw_stream(),
-                )
-            },
-            op,
-        )
-    }
-
-    /// `out = silu(gate) * up`, `[rows, n / 2]`; the rows of the weight come as 8 of the gate, 8 of up, and so on.
-    ///
-    /// # Errors
-    /// As [`CudaDevice::rms_norm`].
-    pub fn gemm_swiglu(
-        &self,
-        out: &mut CudaSlice<bf16>,
-        a: &CudaSlice<bf16>,
-        linear: &DeviceLinear,
-        rows: Rows,
-    ) -> Result<()> {
-        let op = || format!("gemm_swiglu [{}, {}, {}]", rows.max, linear.n, linear.k);
-        self.check_linear(&op, out.len() * 2, a.len(), linear, rows.max)?;
-        let count = self.count(rows)?;
-        let launch = match self.runs_hopper_kernels() {
-            true => ffi::gleaner_gemm_sm90_swiglu,
-            false => ffi::gleaner_gemm_swiglu,
-        };
-        let _kernel = self.kernel("gemm_swiglu", linear.role, rows.max, Work::swiglu(linear.n, linear.k));
-        // SAFETY: as in `rms_norm`, with the shapes that `check_linear` checked.
-        check(
-            unsafe {
-                launch(
-                    self.address_mut(out),
-                    self.address(a),
-                    self.address(&linear.weight),
-                    self.bias(linear),
-                    count,
-                    rows.max as c_int,
-                    linear.n as c_int,
-                    linear.k as c_int,
-                    self.raw_stream(),
-                )
-            },
-            op,
-        )
-    }
-
-    /// `out = a[first..] weight^T + bias`, `[rows, n]`, with heads rotated by their row of `a`. `first` is a device
-    /// integer; `a` holds `first + rows` rows.
-    ///
-    /// # Errors
-    /// As [`CudaDevice::rms_norm`].
+    /// As [`CudaDevice::embed`].
     pub fn gemm_rope(
         &self,
         out: &mut CudaSlice<bf16>,
-        a: &CudaSlice<bf16>,
+        input: Normed,
         linear: &DeviceLinear,
         rotation: Rotation,
         rows: Rows,
         first: Option<Shift>,
     ) -> Result<()> {
         let op = || format!("gemm_rope [{}, {}, {}]", rows.max, linear.n, linear.k);
+        let Normed { residual, eps } = input;
+        let a = &residual.scaled;
         self.check_linear(&op, out.len(), a.len(), linear, rows.max)?;
-        check_rotation(&op, rotation, linear.n, rows.max)?;
+        let a_rows = (a.len() / linear.k).min(MAX_ROWS);
+        require(
+            residual.squares.len() >= Residual::lens(a_rows, linear.k)[2],
+            op,
+            "a buffer is smaller than its rows",
+        )?;
+        check_rotation(&op, rotation, linear.n, a_rows)?;
         let (count, first) = (self.count(rows)?, self.shift(first)?);
         let _kernel = self.kernel("gemm_rope", linear.role, rows.max, Work::product(linear.n, linear.k));
-        let (out, a_rows) = (self.address_mut(out), a.len() / linear.k);
+        let (out, squares) = (self.address_mut(out), self.address(&residual.squares) as *const f32);
         let (a, weight, bias) = (self.address(a), self.address(&linear.weight), self.bias(linear));
         let (table, stream) = (self.address(rotation.table), self.raw_stream());
-        let [max_rows, a_rows, n, k] = [rows.max, a_rows.min(MAX_ROWS), linear.n, linear.k].map(|size| size as c_int);
+        let [max_rows, a_rows, n, k] = [rows.max, a_rows, linear.n, linear.k].map(|size| size as c_int);
         let [head_dim, columns] = [rotation.head_dim, rotation.columns].map(|size| size as c_int);
-        // SAFETY: as in `rms_norm`, with the shapes that `check_linear` and `check_rotation` checked.
+        // SAFETY: as in `embed`, with the shapes that `check_linear` and `check_rotation` checked.
         check(
             unsafe {
                 match self.runs_hopper_kernels() {
                     true => ffi::gleaner_gemm_sm90_rope(
-                        out, a, weight, bias, table, count, first, max_rows, a_rows, n, k, head_dim, columns, stream,
+                        out, a, squares, weight, bias, table, count, first, max_rows, a_rows, n, k, head_dim, columns,
+                        eps, stream,
                     ),
                     false => ffi::gleaner_gemm_rope(
-                        out, a, weight, bias, table, count, first, max_rows, n, k, head_dim, columns, stream,
+                        out, a, squares, weight, bias, table, count, first, max_rows, n, k, head_dim, columns, eps,
+                        stream,
                     ),
                 }
             },
@@ -362,7 +399,7 @@ impl CudaDevice {
     /// Causal attention; `out` is `[rows, q * dim]`, `qkv` is `[rows, (q + 2 kv) * dim]`.
     ///
     /// # Errors
-    /// As [`CudaDevice::rms_norm`]; `dim` must be 64 or 128.
+    /// As [`CudaDevice::embed`]; `dim` must be 64 or 128.
     pub fn attention(&self, out: &mut CudaSlice<bf16>, qkv: &CudaSlice<bf16>, heads: Heads, rows: Rows) -> Result<()> {
         let op = || format!("attention [{}, {} of {} heads of {}]", rows.max, heads.q, heads.kv, heads.dim);
         check_heads(&op, heads)?;
@@ -376,7 +413,7 @@ impl CudaDevice {
             true => ffi::gleaner_attention_sm90,
             false => ffi::gleaner_attention,
         };
-        // SAFETY: as in `rms_norm`.
+        // SAFETY: as in `embed`.
         check(
             unsafe {
                 launch(

@@ -1,0 +1,207 @@
+// The pipeline of the products on Hopper, with its copy engine and warpgroup products.
+//
+// Two CTAs on neighbouring multiprocessors, a cluster, walk together over pairs of tiles of the output: rows below each
+// other, the same columns of it, so that each fetches half of the weights for both. The first warpgroup of a CTA copies: one
+// thread fills a ring of stages of 64 columns of a and of the weight. The others multiply, 64 rows each, and hold the next
+// stage in flight while they wait for the one before.
+//
+// Large tiles move fewer bytes a product, small ones fill the last wave better; which costs least depends on the number of live
+// rows, so that the device chooses from a kernel's menu.
+//
+// Rows of a beyond the live count may hold anything: a row of a touches its own row of the product alone. Pairs of tiles
+// without a live row do not exist.
+#pragma once
+
+#include "epilogue.cuh"
+#include "hopper.cuh"
+
+constexpr int kTileK = kBoxColumns;
+constexpr int kCluster = 2;  // CTAs
+constexpr int kABox = 64, kWeightBox = 32;  // rows of a and of the weight in a copy
+constexpr int kStripBytes = 64 * kTileK * 2;  // of the rows that a warpgroup multiplies
+
+// A tile of the output, and the ring its stages make.
+template <int kRows, int kColumns, int kRingBytes>
+struct Tile {
+    static constexpr int m = kRows, n = kColumns;
+    static constexpr int kABytes = m * kTileK * 2, kStageBytes = (m + n) * kTileK * 2;
+    static constexpr int kStages = kRingBytes / kStageBytes;
+    using At = Ring<kStages>;
+};
+constexpr int kMaxStages = 6;
+
+struct Operands {
+    const int32_t *rows;
+    const int32_t *row_start;  // first row of a, or null for 0
+    int n, k;
+};
+
+// The work of all clusters: pairs of tiles, those of the same columns one after the other.
+struct Schedule {
+    int rows, row_start, k_tiles;
+    int tile, pairs_m, pairs;  // `tile` of the kernel's menu
+    __device__ static int cluster() { return blockIdx.x / kCluster; }
+    __device__ static int clusters() { return gridDim.x / kCluster; }
+    template <class T>
+    __device__ int row(int pair) const {
+        return (pair % pairs_m * kCluster + cluster_rank()) * T::m;
+    }
+    template <class T>
+    __device__ int column(int pair) const {
+        return pair / pairs_m * T::n;
+    }
+};
+
+// The tiles that a kernel has code for. One costs its elements / 128 for each 64 of k, and kTileCost.
+template <int kTileCost, class... Tiles>
+struct Menu {
+    // Which tile costs least, and what.
+    struct Choice {
+        int tile, cost;
+    };
+    __host__ __device__ static Choice choose(int rows, int n, int k_tiles, int clusters) {
+        Choice best{0, INT32_MAX};
+        int tile = 0;
+        const auto consider = [&](auto a_tile) {
+            using T = decltype(a_tile);
+            const int pairs = divide_up(rows, T::m * kCluster) * divide_up(n, T::n);
+            const int cost = divide_up(pairs, clusters) * (k_tiles * (T::m * T::n / 128) + kTileCost);
+            if (cost < best.cost) best = {tile, cost};
+            ++tile;
+        };
+        (consider(Tiles{}), ...);
+        return best;
+    }
+    // Calls `run` with the tile chosen.
+    template <class Run>
+    __device__ static void with(int tile, const Run &run) {
+        int index = 0;
+        ((tile == index++ && (run(Tiles{}), true)) || ...);
+    }
+    __device__ static Schedule schedule(const Operands &operands) {
+        Schedule schedule{*operands.rows, operands.row_start ? *operands.row_start : 0, divide_up(operands.k, kTileK)};
+        schedule.tile = choose(schedule.rows, operands.n, schedule.k_tiles, Schedule::clusters()).tile;
+        with(schedule.tile, [&](auto tile) {
+            schedule.pairs_m = divide_up(schedule.rows, tile.m * kCluster);
+            schedule.pairs = schedule.pairs_m * divide_up(operands.n, tile.n);
+        });
+        return schedule;
+    }
+};
+
+// The ring of a CTA, as addresses in shared memory: stages, and the barriers that say that one is full or empty.
+struct Stages {
+    uint32_t ring, full, empty;
+};
+
+// Called by all threads; `warps` is how many of them multiply a stage. The ring starts at a multiple of 1024.
+__device__ inline Stages make_stages(const CUtensorMap *a_map, const CUtensorMap *weight_map, int warps) {
+    extern __shared__ unsigned char shared[];
+    __shared__ uint64_t full[kMaxStages], empty[kMaxStages];
+    const Stages stages{(shared_address(shared) + 1023) / 1024 * 1024, shared_address(full), shared_address(empty)};
+    if (threadIdx.x == 0) {
+        prefetch_map(a_map);
+        prefetch_map(weight_map);
+        for (int stage = 0; stage < kMaxStages; ++stage) {
+            barrier_init(stages.full + stage * 8, 1);
+            barrier_init(stages.empty + stage * 8, warps * kCluster);
+        }
+        barrier_init_fence();
+    }
+    cluster_sync();
+    return stages;
+}
+
+// Fills the stages of all pairs of this cluster, one for each 64 of k: rows of a, and the weights of the tile's columns.
+// behind(ring, row, column) fills what stages follow those of a tile.
+template <class T, class Behind>
+__device__ void produce(const CUtensorMap *a_map, const CUtensorMap *weight_map, const Schedule &schedule,
+                        const Stages &stages, const Behind &behind) {
+    constexpr int kHalf = T::n / kCluster;
+    const int first = cluster_rank() * kHalf;
+    typename T::At at;
+    for (int pair = schedule.cluster(); pair < schedule.pairs; pair += schedule.clusters()) {
+        const int row = schedule.row_start + schedule.row<T>(pair), column = schedule.column<T>(pair);
+#pragma unroll 1
+        for (int k_tile = 0; k_tile < schedule.k_tiles; ++k_tile, at.next()) {
+            const uint32_t a = stages.ring + at.stage * T::kStageBytes, weight = a + T::kABytes;
+            const uint32_t barrier = stages.full + at.stage * 8;
+            // Both CTAs have read the stage, for half of what is copied goes to the other's.
+            barrier_wait(stages.empty + at.stage * 8, at.parity ^ 1);
+            barrier_expect(barrier, T::kStageBytes);
+#pragma unroll
+            for (int box = 0; box < T::m; box += kABox)
+                copy_box(a + box * kTileK * 2, a_map, row + box, k_tile * kTileK, barrier);
+#pragma unroll
+            for (int box = first; box < first + kHalf; box += kWeightBox)
+                copy_box_to(weight + box * kTileK * 2, weight_map, column + box, k_tile * kTileK, barrier,
+                            (1 << kCluster) - 1);
+        }
+        behind(at, row, column);
+    }
+    // The other CTA arrives here as long as it has something to read: this one's memory must be there until then.
+    for (int stage = 0; stage < T::kStages; ++stage, at.next()) barrier_wait(stages.empty + at.stage * 8, at.parity ^ 1);
+}
+
+// c = a w^T over so many stages, for kStrips strips of 64 rows from `first_strip` on. The last products may still run, and
+// the last stage, which is returned, is still in use, until `release_last`.
+template <class T, int kStrips>
+__device__ int multiply_stages(float (&c)[kStrips][T::n / 2], const Stages &stages, typename T::At &at, int first_strip,
+                               int k_tiles) {
+    const int lane = threadIdx.x % 32;
+    int previous = 0;
+#pragma unroll 1
+    for (int k_tile = 0; k_tile < k_tiles; ++k_tile, at.next()) {
+        barrier_wait(stages.full + at.stage * 8, at.parity);
+        const uint32_t stage = stages.ring + at.stage * T::kStageBytes;
+        const uint64_t a = box_descriptor(stage + first_strip * kStripBytes);
+        const uint64_t weight = box_descriptor(stage + T::kABytes);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < kTileK / 16; ++step)
+#pragma unroll
+            for (int strip = 0; strip < kStrips; ++strip)
+                wgmma<T::n>(c[strip], a + strip * (kStripBytes / 16) + step * kDescriptorStep,
+                            weight + step * kDescriptorStep, k_tile + step);
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (k_tile > 0 && lane < kCluster) barrier_arrive(stages.empty + previous * 8, lane);
+        previous = at.stage;
+    }
+    return previous;
+}
+
+__device__ inline void release_last(const Stages &stages, int last) {
+    wgmma_wait<0>();
+    const int lane = threadIdx.x % 32;
+    if (lane < kCluster) barrier_arrive(stages.empty + last * 8, lane);
+}
+
+// Clusters that run at a time on this device.
+inline int32_t count_clusters(int *clusters) {
+    int device, multiprocessors;
+    cudaError_t status = cudaGetDevice(&device);
+    if (status == cudaSuccess)
+        status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (status == cudaSuccess) *clusters = multiprocessors / kCluster;
+    return status;
+}
+
+// Launches kernel(a_map, weight_map, operands, arguments...), in CTAs of `threads` threads and shared_bytes of shared memory.
+// a holds a_rows rows, dead ones among them.
+template <class... Parameters, class... Arguments>
+int32_t launch_gemm(void (*kernel)(CUtensorMap, CUtensorMap, Operands, Parameters...), int clusters, int threads,
+                    int shared_bytes, const void *a, int a_rows, const void *weight, const Operands &operands,
+                    void *stream, Arguments... arguments) {
+    CUtensorMap a_map, weight_map;
+    if (const int32_t status = make_tensor_map(&a_map, static_cast<const bf16 *>(a), a_rows, operands.k, kABox))
+        return status;
+    if (const int32_t status =
+            make_tensor_map(&weight_map, static_cast<const bf16 *>(weight), operands.n, operands.k, kWeightBox))
+        return status;
+    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (status != cudaSuccess) return status;
+    kernel<<<clusters * kCluster, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(a_map, weight_map, operands,
+                                                                                           arguments...);
+    return cudaGetLastError();
+}
