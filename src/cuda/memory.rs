@@ -20,8 +20,9 @@ pub const SELECTED_WORDS: usize = 3;
 /// Parts that the keys are cut into where one new row attends to them.
 pub const ATTENTION_SPLITS: usize = 16;
 
-/// Keys that share a pair of softmax statistics.
+/// Keys that share a pair of softmax statistics, and question rows of which these are joined together.
 const STATS_KEYS: usize = 128;
+const STATS_ROWS: usize = 16;
 
 /// Rows of the embedding and the head on the device: the vocabulary rounded up for the kernels.
 pub fn vocab_rows(config: &Config) -> usize {
@@ -77,10 +78,12 @@ impl ActivationSizes {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct StepSizes {
-    /// Of each buffer with one entry a token: eight of 32 bits and one of 64.
+    /// Of each buffer with one entry a token: five of 32 bits and one of 64.
     pub tokens: usize,
     pub logits: usize,
-    pub stats: usize,
+    pub row_stats: usize,
+    pub block_stats: usize,
+    pub done: usize,
     pub head_sums: usize,
     pub row_weights: usize,
     /// State and logs, in 32-bit integers.
@@ -93,7 +96,9 @@ impl StepSizes {
         StepSizes {
             tokens,
             logits: query_heads * rows * tokens,
-            stats: query_heads * rows * tokens.div_ceil(STATS_KEYS) * 2,
+            row_stats: query_heads * rows * 2,
+            block_stats: query_heads * rows * tokens.div_ceil(STATS_KEYS) * 2,
+            done: query_heads * rows.div_ceil(STATS_ROWS),
             head_sums: rows * tokens,
             row_weights: rows,
             journal: STATE_WORDS + shape.chunks * (STEP_WORDS + max_log(shape) * SELECTED_WORDS),
@@ -159,10 +164,11 @@ impl ReadSizes {
 
     /// The bytes of it all, by what they are for.
     pub fn parts(&self) -> [(&'static str, u64); 3] {
-        let StepSizes { tokens, logits, stats, head_sums, row_weights, journal } = self.steps;
+        let StepSizes { tokens, logits, row_stats, block_stats, done, head_sums, row_weights, journal } = self.steps;
         let activations = self.activations.bytes() + HALF * self.qkv;
+        let stats = row_stats + block_stats + done;
         let scoring =
-            HALF * (self.q + self.k) + (8 * WORD + DOUBLE) * tokens + WORD * (logits + stats + head_sums + row_weights);
+            HALF * (self.q + self.k) + (5 * WORD + DOUBLE) * tokens + WORD * (logits + stats + head_sums + row_weights);
         let plan = WORD * (journal + lens(&self.plan).iter().sum::<usize>());
         [(ACTIVATIONS, activations as u64), (SCORING, scoring as u64), (PLAN, plan as u64)]
     }
@@ -319,10 +325,11 @@ mod tests {
         let rope = 1000 * 32 * 8;
         let qkv = 1000 * (14 + 2 + 2) * 64 * 2;
         let (q, k) = (20 * 14 * 64 * 2, 1000 * 2 * 64 * 2);
-        // prompt, owner, sentences, starts, phrase_scores, best, selected, kept; scores
-        let by_token = 1000 * (8 * 4 + 8);
+        // prompt, owner, sentences, phrase_scores, best; scores
+        let by_token = 1000 * (5 * 4 + 8);
         let logits = 14 * 20 * 1000 * 4;
-        let stats = 14 * 20 * 8 * 8;
+        // Of a row, of eight blocks of keys, and one count for 16 rows.
+        let stats = 14 * 20 * 8 + 14 * 20 * 8 * 8 + 14 * 2 * 4;
         let (head_sums, row_weights) = (20 * 1000 * 4, 20 * 4);
         let state = 12 * 4;
         let logs = 7 * 16 + 7 * 300 * 12;
