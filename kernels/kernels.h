@@ -153,10 +153,10 @@ typedef struct {
 int32_t gleaner_start(const GleanerLoop *loop, const GleanerPlan *plan, void *stream);
 
 // Logits of the question rows to all keys, and of each row the maximum and what makes the exponentials' sum one.
-// logits: fp32 [num_heads, max_rows, max_tokens]; row_stats: float2 (maximum, 1 / sum of exponentials) [num_heads,
-// max_rows]; block_stats, in between: float2 (maximum, sum) of 128 keys [num_heads, max_rows, ceil(max_tokens / 128)];
-// done: int [num_heads, ceil(max_rows / 16)], zero before and after; q: bf16 [question_rows, num_heads * head_dim]; k:
-// bf16 [tokens, num_kv_heads * head_dim]; head_dim 64 or 128.
+// logits: fp32 [num_heads, max_rows, max_tokens rounded up to a multiple of 4]; row_stats: float2 (maximum, 1 / sum of
+// exponentials) [num_heads, max_rows]; block_stats, in between: float2 (maximum, sum) of 128 keys [num_heads, max_rows,
+// ceil(max_tokens / 128)]; done: int [num_heads, ceil(max_rows / 16)], zero before and after; q: bf16 [question_rows,
+// num_heads * head_dim]; k: bf16 [tokens, num_kv_heads * head_dim]; head_dim 64 or 128.
 int32_t gleaner_question_logits(float *logits, void *row_stats, void *block_stats, int32_t *done, const void *q,
                                 const void *k, const GleanerState *state, int32_t max_rows, int32_t max_tokens,
                                 int32_t num_heads, int32_t num_kv_heads, int32_t head_dim, int32_t window,

@@ -1,8 +1,8 @@
 // The final layer's attention from the question to the context, as scores, in two launches.
 //
-// gleaner_question_logits: a CTA has 128 keys, one head and 16 question rows, a thread one key, four rows at a time; it
-// writes their logits and, per row, the maximum and the sum of exponentials over its keys. The CTA that ends last of a head
-// and its rows joins these, in order of block.
+// gleaner_question_logits: a CTA has 128 keys, one head and 16 question rows, a warp 32 of the keys; it writes their logits
+// and, per row, the maximum and the sum of exponentials over its keys. The CTA that ends last of a head and its rows joins
+// these, in order of block.
 // gleaner_question_scores: a CTA has 16 columns and 48 rows at a time, a thread one of each. It sums the probabilities over
 // heads in order of head and writes that sum out. A column's score has 16 shares, of every 16th row one, to which the rows'
 // sums are added with their weights, squared; the shares are added in order. In the first step each CTA computes the
@@ -16,19 +16,18 @@ namespace {
 
 constexpr int kLogitThreads = 128;                  // keys of a CTA
 constexpr int kLogitRows = 16;                      // question rows of a CTA
-constexpr int kTogether = 4;                        // of them at a time
 constexpr int kScoreColumns = 16, kScoreRows = 48;  // of a CTA, at a time
 constexpr int kShares = 16;                         // of a score
 constexpr int kScoreThreads = kScoreColumns * kScoreRows;
 constexpr int kScoreHeads = 16;                     // of which a thread's logits are on their way together
 
 struct LogitArgs {
-    float *logits;       // [num_heads, max_rows, max_tokens]
-    float2 *row_stats;   // (maximum, 1 / sum) [num_heads, max_rows]
-    float2 *block_stats; // (maximum, sum) [num_heads, max_rows, blocks]
-    int32_t *done;       // blocks [num_heads, row groups]
-    const bf16 *q;       // [question_rows, num_heads * head_dim]
-    const bf16 *k;       // [tokens, num_kv_heads * head_dim]
+    float *logits;        // [num_heads, max_rows, stride_of(max_tokens)]
+    float2 *row_stats;    // (maximum, 1 / sum) [num_heads, max_rows]
+    float2 *block_stats;  // (maximum, sum) [num_heads, max_rows, blocks]
+    int32_t *done;        // blocks [num_heads, groups of rows]
+    const bf16 *q;        // [question_rows, num_heads * head_dim]
+    const bf16 *k;        // [tokens, num_kv_heads * head_dim]
     const GleanerState *state;
     int max_rows, max_tokens, num_heads, num_kv_heads, window;
     float scale;
@@ -36,26 +35,8 @@ struct LogitArgs {
 
 __device__ int blocks_of(int tokens) { return (tokens + kLogitThreads - 1) / kLogitThreads; }
 
-// The largest of a warp's values, to all its lanes.
-__device__ float warp_maximum(float value) {
-    // As integers of the same order; flipping the other bits of a negative number back and forth.
-    int bits = __float_as_int(value);
-    bits = __reduce_max_sync(0xffffffffu, bits ^ (bits >> 31 & 0x7fffffff));
-    return __int_as_float(bits ^ (bits >> 31 & 0x7fffffff));
-}
-
-// Sums of four values over a warp, each in the order of a butterfly: lane 8 i has that of values[i % 2 * 2 + i / 2].
-__device__ float warp_sums(const float (&values)[4]) {
-    const int lane = threadIdx.x % 32;
-    // Each exchange leaves a lane with half the values, summed over twice the lanes.
-    auto half = [](bool upper, float low, float high, int offset) {
-        return (upper ? high : low) + __shfl_xor_sync(0xffffffffu, upper ? low : high, offset);
-    };
-    const float first = half(lane & 16, values[0], values[1], 16), second = half(lane & 16, values[2], values[3], 16);
-    float sum = half(lane & 8, first, second, 8);
-    for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-    return sum;
-}
+// Rows of logits start at multiples of 16 bytes.
+__device__ int stride_of(int max_tokens) { return (max_tokens + 3) / 4 * 4; }
 
 // Joins the blocks' statistics of `count` rows from `row0`, eight lanes a row.
 __device__ void join(const LogitArgs &args, int head, int row0, int count, int blocks) {
@@ -81,69 +62,88 @@ __device__ void join(const LogitArgs &args, int head, int row0, int count, int b
 
 template <int kHeadDim>
 __global__ void __launch_bounds__(kLogitThreads) logits_kernel(LogitArgs args) {
-    constexpr int kPieces = kHeadDim / 8;  // of 16 bytes, of a row
-    __shared__ uint4 keys[kLogitThreads * kPieces];  // rows, their pieces swizzled
-    __shared__ float4 q[kLogitRows][kHeadDim / 4];
+    constexpr int kSteps = kHeadDim / 16;    // of a product over the dimensions
+    constexpr int kVectors = kHeadDim / 32;  // of 16 bytes, of a lane's quarter of a key or query
+    constexpr int kTiles = 4;                // of eight keys, of a warp
     __shared__ float2 warp_stats[kLogitRows][kLogitThreads / 32];
     __shared__ bool last_block;
     wait_for_previous();
     // Only now, so that the next two kernels may take for granted what was written before this one.
     start_next();
-    const int tokens = args.state->tokens, rows = args.state->question_rows;
-    const int key = blockIdx.x * kLogitThreads + threadIdx.x, row0 = blockIdx.z * kLogitRows;
+    const int tokens = args.state->tokens, rows = args.state->question_rows, row0 = blockIdx.z * kLogitRows;
     if (blockIdx.x * kLogitThreads >= tokens || row0 >= rows) return;
     const int head = blockIdx.y, kv_head = head / (args.num_heads / args.num_kv_heads);
     const int count = min(kLogitRows, rows - row0), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int first_key = blockIdx.x * kLogitThreads + warp * 32;
 
-    for (int i = threadIdx.x; i < kLogitThreads * kPieces; i += kLogitThreads) {
-        const int row = i / kPieces, piece = i % kPieces, from = blockIdx.x * kLogitThreads + row;
-        const bf16 *k = args.k + (static_cast<size_t>(min(from, tokens - 1)) * args.num_kv_heads + kv_head) * kHeadDim;
-        copy_async(shared_address(keys + row * kPieces + (piece ^ row % 8)), k + piece * 8, from < tokens);
-    }
-    copy_commit();
-    for (int i = threadIdx.x; i < kLogitRows * kPieces; i += kLogitThreads) {
-        const int row = i / kPieces, piece = i % kPieces;
-        uint4 eight{};
-        if (row < count)
-            eight = reinterpret_cast<const uint4 *>(
-                args.q + (static_cast<size_t>(row0 + row) * args.num_heads + head) * kHeadDim)[piece];
-        const float2 a = unpack(eight.x), b = unpack(eight.y), c = unpack(eight.z), d = unpack(eight.w);
-        q[row][piece * 2] = {a.x, a.y, b.x, b.y};
-        q[row][piece * 2 + 1] = {c.x, c.y, d.x, d.y};
-    }
-    copy_wait<0>();
-    __syncthreads();
-    uint4 k[kPieces];
+    // The order of the dimensions in a product is free as long as keys and queries agree: lane % 4 takes a quarter that
+    // lies in one piece. Words 2 s and 2 s + 1 of it are what step s wants.
+    auto load_quarter = [&](uint32_t (&to)[kSteps * 2], const bf16 *row) {
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) k[i] = keys[threadIdx.x * kPieces + (i ^ threadIdx.x % 8)];
+        for (int i = 0; i < kVectors; ++i) {
+            const uint4 four = reinterpret_cast<const uint4 *>(row + lane % 4 * (kHeadDim / 4))[i];
+            to[i * 4] = four.x, to[i * 4 + 1] = four.y, to[i * 4 + 2] = four.z, to[i * 4 + 3] = four.w;
+        }
+    };
+    // So is the order of the keys: a lane gets the logits of four neighbours in two tiles.
+    auto key_of = [&](int tile, int column) {
+        return first_key + tile / 2 * 16 + column / 2 * 4 + tile % 2 * 2 + column % 2;
+    };
+    uint32_t k[kTiles][kSteps * 2] = {}, q[2][kSteps * 2] = {};
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+        const int key = key_of(tile, lane / 4);
+        if (key < tokens)
+            load_quarter(k[tile], args.k + (static_cast<size_t>(key) * args.num_kv_heads + kv_head) * kHeadDim);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = row0 + lane / 4 + half * 8;
+        if (row < rows) load_quarter(q[half], args.q + (static_cast<size_t>(row) * args.num_heads + head) * kHeadDim);
+    }
+    float logits[kTiles][4] = {};
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+        const uint32_t a[4] = {q[0][s * 2], q[1][s * 2], q[0][s * 2 + 1], q[1][s * 2 + 1]};
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) mma(logits[tile], a, k[tile][s * 2], k[tile][s * 2 + 1]);
+    }
 
-    for (int r0 = 0; r0 < count; r0 += kTogether) {
-        float logits[kTogether] = {};
+    const int stride = stride_of(args.max_tokens);
 #pragma unroll
-        for (int i = 0; i < kHeadDim / 4; ++i) {
-            const float2 low = unpack(i % 2 ? k[i / 2].z : k[i / 2].x), high = unpack(i % 2 ? k[i / 2].w : k[i / 2].y);
+    for (int half = 0; half < 2; ++half) {
+        const int row = row0 + lane / 4 + half * 8, position = args.state->question_start + row;
+        float maximum = -INFINITY;
 #pragma unroll
-            for (int j = 0; j < kTogether; ++j) {
-                const float4 four = q[r0 + j][i];
-                logits[j] += four.x * low.x + four.y * low.y;
-                logits[j] += four.z * high.x + four.w * high.y;
+        for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                float &logit = logits[tile][half * 2 + i];
+                const int key = key_of(tile, lane % 4 * 2 + i);
+                const bool visible = key <= position && !(args.window && key <= position - args.window);
+                logit = visible ? logit * args.scale : -INFINITY;
+                maximum = fmaxf(maximum, logit);
             }
         }
-        float maxima[kTogether], exponentials[kTogether];
+        float *to = args.logits + (static_cast<size_t>(head) * args.max_rows + row) * stride;
 #pragma unroll
-        for (int j = 0; j < kTogether; ++j) {
-            const int row = row0 + r0 + j, position = args.state->question_start + row;
-            const bool visible = key <= position && !(args.window && key <= position - args.window);
-            logits[j] = visible ? logits[j] * args.scale : -INFINITY;
-            if (key < tokens && row < rows)
-                args.logits[(static_cast<size_t>(head) * args.max_rows + row) * args.max_tokens + key] = logits[j];
-            maxima[j] = warp_maximum(logits[j]);
-            exponentials[j] = maxima[j] == -INFINITY ? 0.f : expf(logits[j] - maxima[j]);
+        for (int tile = 0; tile < kTiles; tile += 2) {
+            const int key = key_of(tile, lane % 4 * 2);
+            if (row < rows && key < stride)
+                *reinterpret_cast<float4 *>(to + key) = {logits[tile][half * 2], logits[tile][half * 2 + 1],
+                                                         logits[tile + 1][half * 2], logits[tile + 1][half * 2 + 1]};
         }
-        const float sum = warp_sums(exponentials);
-        const int of = lane / 8 % 2 * 2 + lane / 16;
-        const float maximum = of < 2 ? (of == 0 ? maxima[0] : maxima[1]) : (of == 2 ? maxima[2] : maxima[3]);
-        if (lane % 8 == 0) warp_stats[r0 + of][warp] = {maximum, sum};
+        for (int offset = 1; offset < 4; offset *= 2)
+            maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, offset));
+        float sum = 0.f;
+        if (maximum != -INFINITY) {
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) sum += expf(logits[tile][half * 2 + i] - maximum);
+        }
+        for (int offset = 1; offset < 4; offset *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+        if (lane % 4 == 0) warp_stats[lane / 4 + half * 8][warp] = {maximum, sum};
     }
     __syncthreads();
     const int blocks = blocks_of(tokens);
@@ -194,9 +194,9 @@ __global__ void __launch_bounds__(kScoreThreads, 1) scores_kernel(ScoreArgs args
     wait_for_previous();
     if (blockIdx.x * kScoreColumns >= tokens) return;
 
-    const size_t head_stride = static_cast<size_t>(args.max_rows) * args.max_tokens;
+    const size_t stride = stride_of(args.max_tokens), head_stride = args.max_rows * stride;
     auto load = [&](float (&to)[kScoreHeads], int first_head, int row, int c) {
-        const float *from = args.logits + first_head * head_stride + static_cast<size_t>(row) * args.max_tokens + c;
+        const float *from = args.logits + first_head * head_stride + row * stride + c;
 #pragma unroll
         for (int h = 0; h < kScoreHeads; ++h, from += head_stride)
             if (first_head + h < args.num_heads) to[h] = *from;

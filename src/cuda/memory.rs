@@ -24,6 +24,11 @@ pub const ATTENTION_SPLITS: usize = 16;
 const STATS_KEYS: usize = 128;
 const STATS_ROWS: usize = 16;
 
+/// Columns of the logits of so many tokens: their rows start at multiples of 16 bytes.
+pub fn logit_columns(tokens: usize) -> usize {
+    tokens.next_multiple_of(4)
+}
+
 /// Rows of the embedding and the head on the device: the vocabulary rounded up for the kernels.
 pub fn vocab_rows(config: &Config) -> usize {
     config.vocab_size.next_multiple_of(16)
@@ -95,7 +100,7 @@ impl StepSizes {
         let (tokens, rows) = (shape.max_step_tokens, shape.question_rows);
         StepSizes {
             tokens,
-            logits: query_heads * rows * tokens,
+            logits: query_heads * rows * logit_columns(tokens),
             row_stats: query_heads * rows * 2,
             block_stats: query_heads * rows * tokens.div_ceil(STATS_KEYS) * 2,
             done: query_heads * rows.div_ceil(STATS_ROWS),
@@ -310,7 +315,7 @@ mod tests {
     #[test]
     fn a_reading_takes_the_sum_of_its_buffers() {
         let shape = PlanShape {
-            max_step_tokens: 1000,
+            max_step_tokens: 999,
             question_rows: 20,
             prefix_tokens: 0,
             tail_tokens: 30,
@@ -319,18 +324,19 @@ mod tests {
             sentences: 400,
             tokens: 6000,
         };
-        let x_and_normed = 2 * 1000 * 896 * 2;
-        let attended = 1000 * 14 * 64 * 2;
-        let h = 1000 * 4864 * 2;
-        let rope = 1000 * 32 * 8;
-        let qkv = 1000 * (14 + 2 + 2) * 64 * 2;
-        let (q, k) = (20 * 14 * 64 * 2, 1000 * 2 * 64 * 2);
+        let x_and_normed = 2 * 999 * 896 * 2;
+        let attended = 999 * 14 * 64 * 2;
+        let h = 999 * 4864 * 2;
+        let rope = 999 * 32 * 8;
+        let qkv = 999 * (14 + 2 + 2) * 64 * 2;
+        let (q, k) = (20 * 14 * 64 * 2, 999 * 2 * 64 * 2);
         // prompt, owner, sentences, phrase_scores, best; scores
-        let by_token = 1000 * (5 * 4 + 8);
+        let by_token = 999 * (5 * 4 + 8);
+        // Rows of a multiple of four.
         let logits = 14 * 20 * 1000 * 4;
         // Of a row, of eight blocks of keys, and one count for 16 rows.
         let stats = 14 * 20 * 8 + 14 * 20 * 8 * 8 + 14 * 2 * 4;
-        let (head_sums, row_weights) = (20 * 1000 * 4, 20 * 4);
+        let (head_sums, row_weights) = (20 * 999 * 4, 20 * 4);
         let state = 12 * 4;
         let logs = 7 * 16 + 7 * 300 * 12;
         let tables = (6000 + 401 + 8 + 1 + 30) * 4;

@@ -346,7 +346,8 @@ impl CudaDevice {
         let fits = q.len() >= max_rows * heads.q * heads.dim && k.len() >= max_tokens * heads.kv * heads.dim;
         require(fits, op, "a buffer is smaller than its rows")?;
         require(heads.q <= 128, op, "at most 128 query heads")?;
-        require(steps.logits.len() >= heads.q * max_rows * max_tokens, op, "the step buffers have fewer heads")?;
+        let logits = heads.q * max_rows * memory::logit_columns(max_tokens);
+        require(steps.logits.len() >= logits, op, "the step buffers have fewer heads")?;
         let state = self.address(&steps.journal) as *const ffi::GleanerState;
         let (q_dim, kv_dim) = (heads.q * heads.dim, heads.kv * heads.dim);
         let work = Work::QuestionLogits { question_rows: max_rows, q_dim, kv_dim };
