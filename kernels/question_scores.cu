@@ -184,6 +184,7 @@ __global__ void __launch_bounds__(kScoreThreads, 1) scores_kernel(ScoreArgs args
     __shared__ float weights[kScoreRows];
     __shared__ double terms[kScoreRows][kScoreColumns];
     start_next();
+    // The state is there: the kernel before has waited for those that wrote it.
     const int tokens = args.state->tokens, rows = args.state->question_rows;
     const int lane = threadIdx.x % kScoreColumns, r = threadIdx.x / kScoreColumns;
     const int column = blockIdx.x * kScoreColumns + lane;

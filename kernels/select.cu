@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(GleanerPlan plan, G
     __shared__ Shared shared;
     // Scores, behind them keys. Where the scores were come the sentences' best.
     extern __shared__ double dynamic[];
-    // What earlier steps wrote is there: the first kernel of the three waits for them before the others start.
+    // What earlier steps wrote is there: the logits' kernel has waited for it before the two behind it start.
     const GleanerState state = *loop.state;
     const int count = state.context_tokens, sentences = state.context_sentences;
     const bool ends = state.chunk + 1 == plan.chunks;
