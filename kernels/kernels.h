@@ -150,13 +150,10 @@ typedef struct {
     GleanerState *state;
     uint32_t *prompt;       // the step's tokens
     int32_t *owner;         // position in `sentences` of the one that owns a context token
-    uint32_t *sentences;    // of the context
-    int32_t *starts;        // first context token of each
+    uint32_t *sentences;    // of the context, ascending
     double *scores;         // of context tokens, before the filter
     float *phrase_scores;   // behind it
-    uint32_t *best;         // bits of each sentence's best score
-    int32_t *selected;      // whether a sentence owns one of the best tokens
-    uint32_t *kept;         // sentences, ascending
+    uint32_t *best;         // bits of each sentence's best score, and whether it owns one of the best tokens
     GleanerSelected *log;   // [chunks, max_log], each step's in order of sentence
     GleanerStep *step_log;  // [chunks]
     int32_t max_tokens;
@@ -166,18 +163,21 @@ typedef struct {
 // Clears the state and writes the first step's prompt.
 int32_t gleaner_start(const GleanerLoop *loop, const GleanerPlan *plan, void *stream);
 
-// Logits of the question rows to all keys, and per block of 128 keys (maximum, sum of exponentials).
-// logits: fp32 [num_heads, max_rows, max_tokens]; stats: float2 [num_heads, max_rows, ceil(max_tokens / 128)];
-// q: bf16 [question_rows, num_heads * head_dim]; k: bf16 [tokens, num_kv_heads * head_dim]; head_dim 64 or 128.
-int32_t gleaner_question_logits(float *logits, void *stats, const void *q, const void *k, const GleanerState *state,
-                                int32_t max_rows, int32_t max_tokens, int32_t num_heads, int32_t num_kv_heads,
-                                int32_t head_dim, int32_t window, void *stream);
+// Logits of the question rows to all keys, and of each row the maximum and what makes the exponentials' sum one.
+// logits: fp32 [num_heads, max_rows, max_tokens rounded up to a multiple of 4]; row_stats: float2 (maximum, 1 / sum of
+// exponentials) [num_heads, max_rows]; block_stats, in between: float2 (maximum, sum) of 128 keys [num_heads, max_rows,
+// ceil(max_tokens / 128)]; done: int [num_heads, ceil(max_rows / 16)], zero before and after; q: bf16 [question_rows,
+// num_heads * head_dim]; k: bf16 [tokens, num_kv_heads * head_dim]; head_dim 64 or 128.
+int32_t gleaner_question_logits(float *logits, void *row_stats, void *block_stats, int32_t *done, const void *q,
+                                const void *k, const GleanerState *state, int32_t max_rows, int32_t max_tokens,
+                                int32_t num_heads, int32_t num_kv_heads, int32_t head_dim, int32_t window,
+                                void *stream);
 
 // head_sums: fp32 [max_rows, max_tokens], probabilities summed over heads; row_weights: fp32 [max_rows], written in the
 // first step and read in later ones; scores: fp64 [context_tokens], sum over rows of weight^2 * head_sums.
 int32_t gleaner_question_scores(double *scores, float *head_sums, float *row_weights, const float *logits,
-                                const void *stats, const GleanerState *state, int32_t max_rows, int32_t max_tokens,
-                                int32_t num_heads, void *stream);
+                                const void *row_stats, const GleanerState *state, int32_t max_rows,
+                                int32_t max_tokens, int32_t num_heads, void *stream);
 
 // From `scores` to `kept`, the log and the next step's prompt.
 int32_t gleaner_select(const GleanerLoop *loop, const GleanerPlan *plan, void *stream);

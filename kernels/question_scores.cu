@@ -1,11 +1,12 @@
 // The final layer's attention from the question to the context, as scores, in two launches.
 //
-// gleaner_question_logits: a CTA has 128 keys and one head, a thread one key; it writes the logits of all question rows
-// and, per row, the maximum and the sum of exponentials over its keys.
-// gleaner_question_scores: a CTA has 32 columns and 16 rows at a time, a thread one of each; it joins the statistics of
-// each row in order of block, sums the probabilities over heads in order of head, writes that sum out, and adds it to its
-// share of the column's score with the row's weight, squared. The 16 shares are added in order. In the first step each CTA
-// computes the weights itself, the same to the bit.
+// gleaner_question_logits: a CTA has 128 keys, one head and 16 question rows, a warp 32 of the keys; it writes their logits
+// and, per row, the maximum and the sum of exponentials over its keys. The CTA that ends last of a head and its rows joins
+// these, in order of block.
+// gleaner_question_scores: a CTA has 16 columns and 48 rows at a time, a thread one of each. It sums the probabilities over
+// heads in order of head and writes that sum out. A column's score has 16 shares, of every 16th row one, to which the rows'
+// sums are added with their weights, squared; the shares are added in order. In the first step each CTA computes the
+// weights itself, the same to the bit.
 #include <math.h>
 
 #include "common.cuh"
@@ -13,16 +14,20 @@
 
 namespace {
 
-constexpr int kLogitThreads = 128;  // keys of a CTA
-constexpr int kLogitRows = 16;      // question rows at a time
-constexpr int kScoreColumns = 32, kScoreRows = 16;  // of a CTA, at a time
+constexpr int kLogitThreads = 128;                  // keys of a CTA
+constexpr int kLogitRows = 16;                      // question rows of a CTA
+constexpr int kScoreColumns = 16, kScoreRows = 48;  // of a CTA, at a time
+constexpr int kShares = 16;                         // of a score
 constexpr int kScoreThreads = kScoreColumns * kScoreRows;
+constexpr int kScoreHeads = 16;                     // of which a thread's logits are on their way together
 
 struct LogitArgs {
-    float *logits;  // [num_heads, max_rows, max_tokens]
-    float2 *stats;  // (maximum, sum) [num_heads, max_rows, blocks]
-    const bf16 *q;  // [question_rows, num_heads * head_dim]
-    const bf16 *k;  // [tokens, num_kv_heads * head_dim]
+    float *logits;        // [num_heads, max_rows, stride_of(max_tokens)]
+    float2 *row_stats;    // (maximum, 1 / sum) [num_heads, max_rows]
+    float2 *block_stats;  // (maximum, sum) [num_heads, max_rows, blocks]
+    int32_t *done;        // blocks [num_heads, groups of rows]
+    const bf16 *q;        // [question_rows, num_heads * head_dim]
+    const bf16 *k;        // [tokens, num_kv_heads * head_dim]
     const GleanerState *state;
     int max_rows, max_tokens, num_heads, num_kv_heads, window;
     float scale;
@@ -30,95 +35,184 @@ struct LogitArgs {
 
 __device__ int blocks_of(int tokens) { return (tokens + kLogitThreads - 1) / kLogitThreads; }
 
+// Rows of logits start at multiples of 16 bytes.
+__device__ int stride_of(int max_tokens) { return (max_tokens + 3) / 4 * 4; }
+
+// Joins the blocks' statistics of `count` rows from `row0`, eight lanes a row.
+__device__ void join(const LogitArgs &args, int head, int row0, int count, int blocks) {
+    constexpr int kLanes = kLogitThreads / kLogitRows;
+    const int r = min(static_cast<int>(threadIdx.x) / kLanes, count - 1), lane = threadIdx.x % kLanes;
+    const size_t row = static_cast<size_t>(head) * args.max_rows + row0 + r;
+    const float2 *parts = args.block_stats + row * blocks_of(args.max_tokens);
+    float maximum = -INFINITY;
+#pragma unroll 4
+    for (int b = lane; b < blocks; b += kLanes) maximum = fmaxf(maximum, parts[b].x);
+    for (int offset = kLanes / 2; offset > 0; offset /= 2)
+        maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, offset));
+    float sum = 0.f;
+    for (int first = 0; first < blocks; first += kLanes) {
+        const float2 part = first + lane < blocks ? parts[first + lane] : float2{-INFINITY, 0.f};
+        const float rescale = part.x == -INFINITY ? 0.f : expf(part.x - maximum);
+#pragma unroll
+        for (int of = 0; of < kLanes; ++of)
+            sum = fmaf(__shfl_sync(0xffffffffu, part.y, of, kLanes), __shfl_sync(0xffffffffu, rescale, of, kLanes), sum);
+    }
+    if (lane == 0) args.row_stats[row] = {maximum, 1.f / sum};
+}
+
 template <int kHeadDim>
 __global__ void __launch_bounds__(kLogitThreads) logits_kernel(LogitArgs args) {
-    const int tokens = args.state->tokens, rows = args.state->question_rows;
-    const int key = blockIdx.x * kLogitThreads + threadIdx.x;
-    if (blockIdx.x * kLogitThreads >= tokens) return;
-    __shared__ __align__(16) float q[kLogitRows][kHeadDim];
+    constexpr int kSteps = kHeadDim / 16;    // of a product over the dimensions
+    constexpr int kVectors = kHeadDim / 32;  // of 16 bytes, of a lane's quarter of a key or query
+    constexpr int kTiles = 4;                // of eight keys, of a warp
     __shared__ float2 warp_stats[kLogitRows][kLogitThreads / 32];
+    __shared__ bool last_block;
+    wait_for_previous();
+    // Only now, so that the next two kernels may take for granted what was written before this one.
+    start_next();
+    const int tokens = args.state->tokens, rows = args.state->question_rows, row0 = blockIdx.z * kLogitRows;
+    if (blockIdx.x * kLogitThreads >= tokens || row0 >= rows) return;
     const int head = blockIdx.y, kv_head = head / (args.num_heads / args.num_kv_heads);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int count = min(kLogitRows, rows - row0), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int first_key = blockIdx.x * kLogitThreads + warp * 32;
 
-    uint4 k[kHeadDim / 8];
-    const bf16 *from = args.k + (static_cast<size_t>(min(key, tokens - 1)) * args.num_kv_heads + kv_head) * kHeadDim;
+    // The order of the dimensions in a product is free as long as keys and queries agree: lane % 4 takes a quarter that
+    // lies in one piece. Words 2 s and 2 s + 1 of it are what step s wants.
+    auto load_quarter = [&](uint32_t (&to)[kSteps * 2], const bf16 *row) {
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 8; ++i) k[i] = reinterpret_cast<const uint4 *>(from)[i];
-
-    for (int row0 = 0; row0 < rows; row0 += kLogitRows) {
-        const int count = min(kLogitRows, rows - row0);
-        __syncthreads();
-        for (int i = threadIdx.x; i < count * kHeadDim; i += kLogitThreads) {
-            const size_t row = row0 + i / kHeadDim;
-            q[i / kHeadDim][i % kHeadDim] =
-                __bfloat162float(args.q[(row * args.num_heads + head) * kHeadDim + i % kHeadDim]);
+        for (int i = 0; i < kVectors; ++i) {
+            const uint4 four = reinterpret_cast<const uint4 *>(row + lane % 4 * (kHeadDim / 4))[i];
+            to[i * 4] = four.x, to[i * 4 + 1] = four.y, to[i * 4 + 2] = four.z, to[i * 4 + 3] = four.w;
         }
-        __syncthreads();
-        for (int r = 0; r < count; ++r) {
-            float logit = 0.f;
+    };
+    // So is the order of the keys: a lane gets the logits of four neighbours in two tiles.
+    auto key_of = [&](int tile, int column) {
+        return first_key + tile / 2 * 16 + column / 2 * 4 + tile % 2 * 2 + column % 2;
+    };
+    uint32_t k[kTiles][kSteps * 2] = {}, q[2][kSteps * 2] = {};
 #pragma unroll
-            for (int i = 0; i < kHeadDim / 8; ++i) {
-                const uint32_t pairs[4] = {k[i].x, k[i].y, k[i].z, k[i].w};
-#pragma unroll
-                for (int p = 0; p < 4; ++p) {
-                    const float2 pair = unpack(pairs[p]);
-                    logit += q[r][i * 8 + p * 2] * pair.x + q[r][i * 8 + p * 2 + 1] * pair.y;
-                }
-            }
-            const int position = args.state->question_start + row0 + r;
-            const bool visible = key <= position && !(args.window && key <= position - args.window);
-            logit = visible ? logit * args.scale : -INFINITY;
-            if (key < tokens)
-                args.logits[(static_cast<size_t>(head) * args.max_rows + row0 + r) * args.max_tokens + key] = logit;
-            float maximum = logit;
-            for (int offset = 16; offset > 0; offset /= 2)
-                maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, offset));
-            float sum = maximum == -INFINITY ? 0.f : expf(logit - maximum);
-            for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-            if (lane == 0) warp_stats[r][warp] = {maximum, sum};
-        }
-        __syncthreads();
-        if (threadIdx.x < count) {
-            float2 all{-INFINITY, 0.f};
-            for (const float2 &part : warp_stats[threadIdx.x]) all.x = fmaxf(all.x, part.x);
-            for (const float2 &part : warp_stats[threadIdx.x])
-                if (part.x != -INFINITY) all.y += part.y * expf(part.x - all.x);
-            const size_t row = static_cast<size_t>(head) * args.max_rows + row0 + threadIdx.x;
-            args.stats[row * blocks_of(args.max_tokens) + blockIdx.x] = all;
-        }
+    for (int tile = 0; tile < kTiles; ++tile) {
+        const int key = key_of(tile, lane / 4);
+        if (key < tokens)
+            load_quarter(k[tile], args.k + (static_cast<size_t>(key) * args.num_kv_heads + kv_head) * kHeadDim);
     }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = row0 + lane / 4 + half * 8;
+        if (row < rows) load_quarter(q[half], args.q + (static_cast<size_t>(row) * args.num_heads + head) * kHeadDim);
+    }
+    float logits[kTiles][4] = {};
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+        const uint32_t a[4] = {q[0][s * 2], q[1][s * 2], q[0][s * 2 + 1], q[1][s * 2 + 1]};
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) mma(logits[tile], a, k[tile][s * 2], k[tile][s * 2 + 1]);
+    }
+
+    const int stride = stride_of(args.max_tokens);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = row0 + lane / 4 + half * 8, position = args.state->question_start + row;
+        float maximum = -INFINITY;
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                float &logit = logits[tile][half * 2 + i];
+                const int key = key_of(tile, lane % 4 * 2 + i);
+                const bool visible = key <= position && !(args.window && key <= position - args.window);
+                logit = visible ? logit * args.scale : -INFINITY;
+                maximum = fmaxf(maximum, logit);
+            }
+        }
+        float *to = args.logits + (static_cast<size_t>(head) * args.max_rows + row) * stride;
+#pragma unroll
+        for (int tile = 0; tile < kTiles; tile += 2) {
+            const int key = key_of(tile, lane % 4 * 2);
+            if (row < rows && key < stride)
+                *reinterpret_cast<float4 *>(to + key) = {logits[tile][half * 2], logits[tile][half * 2 + 1],
+                                                         logits[tile + 1][half * 2], logits[tile + 1][half * 2 + 1]};
+        }
+        for (int offset = 1; offset < 4; offset *= 2)
+            maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, offset));
+        float sum = 0.f;
+        if (maximum != -INFINITY) {
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) sum += expf(logits[tile][half * 2 + i] - maximum);
+        }
+        for (int offset = 1; offset < 4; offset *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+        if (lane % 4 == 0) warp_stats[lane / 4 + half * 8][warp] = {maximum, sum};
+    }
+    __syncthreads();
+    const int blocks = blocks_of(tokens);
+    if (threadIdx.x < count) {
+        float2 all{-INFINITY, 0.f};
+        for (const float2 &part : warp_stats[threadIdx.x]) all.x = fmaxf(all.x, part.x);
+        for (const float2 &part : warp_stats[threadIdx.x])
+            if (part.x != -INFINITY) all.y += part.y * expf(part.x - all.x);
+        const size_t row = static_cast<size_t>(head) * args.max_rows + row0 + threadIdx.x;
+        args.block_stats[row * blocks_of(args.max_tokens) + blockIdx.x] = all;
+    }
+    __syncthreads();
+    int32_t *done = args.done + head * gridDim.z + blockIdx.z;
+    if (threadIdx.x == 0) {
+        // Orders what the CTA wrote before the count, and the count before what it reads of others.
+        int32_t before;
+        asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(done) : "memory");
+        last_block = before == blocks - 1;
+    }
+    __syncthreads();
+    if (!last_block) return;
+    join(args, head, row0, count, blocks);
+    if (threadIdx.x == 0) *done = 0;
 }
 
 struct ScoreArgs {
-    double *scores;        // [context_tokens]
-    float *head_sums;      // [max_rows, max_tokens]
-    float *row_weights;    // [max_rows], written in the first step
+    double *scores;      // [context_tokens]
+    float *head_sums;    // [max_rows, max_tokens]
+    float *row_weights;  // [max_rows], written in the first step
     const float *logits;
-    const float2 *stats;
+    const float2 *row_stats;
     const GleanerState *state;
     int max_rows, max_tokens, num_heads;
 };
 
-__global__ void __launch_bounds__(kScoreThreads) scores_kernel(ScoreArgs args) {
+__global__ void __launch_bounds__(kScoreThreads, 1) scores_kernel(ScoreArgs args) {
+    extern __shared__ float2 stats[];  // (maximum, 1 / sum) [num_heads, kScoreRows]
+    __shared__ float weights[kScoreRows];
+    __shared__ double terms[kScoreRows][kScoreColumns];
+    start_next();
+    // The state is there: the kernel before has waited for those that wrote it.
     const int tokens = args.state->tokens, rows = args.state->question_rows;
     const int lane = threadIdx.x % kScoreColumns, r = threadIdx.x / kScoreColumns;
     const int column = blockIdx.x * kScoreColumns + lane;
-    if (blockIdx.x * kScoreColumns >= tokens) return;
-    extern __shared__ float2 row_stats[];  // (maximum, 1 / sum) [num_heads, kScoreRows]
-    __shared__ double shares[kScoreRows][kScoreColumns];
     const int question_start = args.state->question_start;
+    const int context_start = question_start - args.state->question_offset - args.state->context_tokens;
+    const int context_tokens = args.state->context_tokens;
     const bool first_step = args.state->chunk == 0;
-    const int blocks = blocks_of(tokens), max_blocks = blocks_of(args.max_tokens);
+    wait_for_previous();
+    if (blockIdx.x * kScoreColumns >= tokens) return;
 
-    // Probabilities of this thread's row and a column, summed over heads.
-    auto head_sum = [&](int row0, int c) {
-        const float *logits = args.logits + static_cast<size_t>(row0 + r) * args.max_tokens + c;
-        const size_t head_stride = static_cast<size_t>(args.max_rows) * args.max_tokens;
+    const size_t stride = stride_of(args.max_tokens), head_stride = args.max_rows * stride;
+    auto load = [&](float (&to)[kScoreHeads], int first_head, int row, int c) {
+        const float *from = args.logits + first_head * head_stride + row * stride + c;
+#pragma unroll
+        for (int h = 0; h < kScoreHeads; ++h, from += head_stride)
+            if (first_head + h < args.num_heads) to[h] = *from;
+    };
+    // Probabilities of row row0 + of and a column, summed over heads, of which the first ones' logits are there.
+    auto head_sum = [&](float (&logits)[kScoreHeads], int row0, int of, int c) {
         float sum = 0.f;
-#pragma unroll 4
-        for (int h = 0; h < args.num_heads; ++h) {
-            const float2 stat = row_stats[h * kScoreRows + r];
-            sum += expf(logits[h * head_stride] - stat.x) * stat.y;
+        for (int first = 0; first < args.num_heads; first += kScoreHeads) {
+            if (first > 0) load(logits, first, row0 + of, c);
+#pragma unroll
+            for (int h = 0; h < kScoreHeads; ++h) {
+                if (first + h >= args.num_heads) break;
+                const float2 stat = stats[(first + h) * kScoreRows + of];
+                sum += expf(logits[h] - stat.x) * stat.y;
+            }
         }
         return sum;
     };
@@ -126,72 +220,84 @@ __global__ void __launch_bounds__(kScoreThreads) scores_kernel(ScoreArgs args) {
     double share = 0.;
     for (int row0 = 0; row0 < rows; row0 += kScoreRows) {
         const int count = min(kScoreRows, rows - row0);
+        const bool live = r < count && column < tokens;
+        float logits[kScoreHeads];
+        if (live) load(logits, 0, row0 + r, column);
         __syncthreads();
-        for (int i = threadIdx.x; i < args.num_heads * count; i += kScoreThreads) {
-            const int h = i / count, of = i % count;
-            const float2 *parts = args.stats + (static_cast<size_t>(h) * args.max_rows + row0 + of) * max_blocks;
-            float2 all{-INFINITY, 0.f};
-#pragma unroll 4
-            for (int b = 0; b < blocks; ++b) all.x = fmaxf(all.x, parts[b].x);
-#pragma unroll 4
-            for (int b = 0; b < blocks; ++b)
-                if (parts[b].x != -INFINITY) all.y += parts[b].y * expf(parts[b].x - all.x);
-            row_stats[h * kScoreRows + of] = {all.x, 1.f / all.y};
+        for (int i = threadIdx.x; i < args.num_heads * kScoreRows; i += kScoreThreads)
+            if (i % kScoreRows < count)
+                stats[i] = args.row_stats[i / kScoreRows * args.max_rows + row0 + i % kScoreRows];
+        if (!first_step && threadIdx.x < count) weights[threadIdx.x] = args.row_weights[row0 + threadIdx.x];
+        __syncthreads();
+        float sum = 0.f;
+        if (live) {
+            sum = head_sum(logits, row0, r, column);
+            args.head_sums[static_cast<size_t>(row0 + r) * args.max_tokens + column] = sum;
         }
-        __syncthreads();
-        // A warp for each row.
-        if (r < count) {
-            float weight = 0.f;
-            if (first_step) {
-                for (int c = question_start + lane; c < tokens; c += kScoreColumns) weight += head_sum(row0, c);
+        if (first_step) {
+            // A warp for each row.
+            for (int of = threadIdx.x / 32; of < count; of += kScoreThreads / 32) {
+                float weight = 0.f;
+                for (int c = question_start + threadIdx.x % 32; c < tokens; c += 32) {
+                    load(logits, 0, row0 + of, c);
+                    weight += head_sum(logits, row0, of, c);
+                }
                 for (int offset = 16; offset > 0; offset /= 2) weight += __shfl_xor_sync(0xffffffffu, weight, offset);
-                if (blockIdx.x == 0 && lane == 0) args.row_weights[row0 + r] = weight;
-            } else {
-                weight = args.row_weights[row0 + r];
+                if (threadIdx.x % 32 > 0) continue;
+                weights[of] = weight;
+                if (blockIdx.x == 0) args.row_weights[row0 + of] = weight;
             }
-            if (column < tokens) {
-                const float sum = head_sum(row0, column);
-                args.head_sums[static_cast<size_t>(row0 + r) * args.max_tokens + column] = sum;
-                share += static_cast<double>(weight) * (static_cast<double>(weight) * sum);
-            }
+            __syncthreads();
         }
+        if (live) terms[r][lane] = static_cast<double>(weights[r]) * sum;
+        __syncthreads();
+        if (r < kShares && column < tokens)
+            for (int i = r; i < count; i += kShares) share += static_cast<double>(weights[i]) * terms[i][lane];
     }
-    shares[r][lane] = share;
+    __syncthreads();
+    if (r < kShares) terms[r][lane] = share;
     __syncthreads();
     if (r > 0) return;
     double score = 0.;
-    for (int i = 0; i < kScoreRows; ++i) score += shares[i][lane];
-    const int context_start = question_start - args.state->question_offset - args.state->context_tokens;
+    for (int i = 0; i < kShares; ++i) score += terms[i][lane];
     const int context_column = column - context_start;
-    if (context_column >= 0 && context_column < args.state->context_tokens) args.scores[context_column] = score;
+    if (context_column >= 0 && context_column < context_tokens) args.scores[context_column] = score;
 }
 
 }  // namespace
 
-extern "C" int32_t gleaner_question_logits(float *logits, void *stats, const void *q, const void *k,
-                                           const GleanerState *state, int32_t max_rows, int32_t max_tokens,
-                                           int32_t num_heads, int32_t num_kv_heads, int32_t head_dim, int32_t window,
-                                           void *stream) {
-    const LogitArgs args{logits,   static_cast<float2 *>(stats), static_cast<const bf16 *>(q),
-                         static_cast<const bf16 *>(k), state, max_rows, max_tokens, num_heads, num_kv_heads, window,
+extern "C" int32_t gleaner_question_logits(float *logits, void *row_stats, void *block_stats, int32_t *done,
+                                           const void *q, const void *k, const GleanerState *state, int32_t max_rows,
+                                           int32_t max_tokens, int32_t num_heads, int32_t num_kv_heads,
+                                           int32_t head_dim, int32_t window, void *stream) {
+    const LogitArgs args{logits,
+                         static_cast<float2 *>(row_stats),
+                         static_cast<float2 *>(block_stats),
+                         done,
+                         static_cast<const bf16 *>(q),
+                         static_cast<const bf16 *>(k),
+                         state,
+                         max_rows,
+                         max_tokens,
+                         num_heads,
+                         num_kv_heads,
+                         window,
                          1.f / sqrtf(static_cast<float>(head_dim))};
-    const dim3 grid((max_tokens + kLogitThreads - 1) / kLogitThreads, num_heads);
-    auto *on = static_cast<cudaStream_t>(stream);
+    const dim3 grid((max_tokens + kLogitThreads - 1) / kLogitThreads, num_heads,
+                    (max_rows + kLogitRows - 1) / kLogitRows);
     switch (head_dim) {
-        case 64: logits_kernel<64><<<grid, kLogitThreads, 0, on>>>(args); break;
-        case 128: logits_kernel<128><<<grid, kLogitThreads, 0, on>>>(args); break;
+        case 64: return launch_overlapping(logits_kernel<64>, grid, kLogitThreads, 0, stream, args);
+        case 128: return launch_overlapping(logits_kernel<128>, grid, kLogitThreads, 0, stream, args);
         default: return cudaErrorInvalidValue;
     }
-    return cudaGetLastError();
 }
 
 extern "C" int32_t gleaner_question_scores(double *scores, float *head_sums, float *row_weights, const float *logits,
-                                           const void *stats, const GleanerState *state, int32_t max_rows,
+                                           const void *row_stats, const GleanerState *state, int32_t max_rows,
                                            int32_t max_tokens, int32_t num_heads, void *stream) {
-    const ScoreArgs args{scores, head_sums, row_weights, logits, static_cast<const float2 *>(stats), state,
+    const ScoreArgs args{scores, head_sums, row_weights, logits, static_cast<const float2 *>(row_stats), state,
                          max_rows, max_tokens, num_heads};
     const int blocks = (max_tokens + kScoreColumns - 1) / kScoreColumns;
-    const size_t shared_bytes = sizeof(float2) * num_heads * kScoreRows;
-    scores_kernel<<<blocks, kScoreThreads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args);
-    return cudaGetLastError();
+    const int shared_bytes = static_cast<int>(sizeof(float2)) * num_heads * kScoreRows;
+    return launch_overlapping(scores_kernel, blocks, kScoreThreads, shared_bytes, stream, args);
 }

@@ -1,4 +1,7 @@
 // From scores to the next prompt, in one CTA: box filter, exact top-k, sentences, capacity, and the next step's tokens.
+//
+// What it takes is latency: of memory, of barriers, of code that runs once. So what is read again lies in shared memory if
+// it fits, a sum over the CTA costs one barrier, and what does not depend on the scores is fetched while they are computed.
 #include <math.h>
 
 #include "common.cuh"
@@ -7,87 +10,100 @@
 namespace {
 
 constexpr int kThreads = 1024, kWarps = kThreads / 32;
-constexpr int kBins = 2048;  // of a radix pass: 11, 11 and 10 bits
+constexpr int kBins = 2048;          // of a radix pass: 11, 11 and 9 bits
+constexpr int kSharedTokens = 7168;  // of a context that fits in the shared memory of every GPU from 8.0 on
 
-// A sentence of the next prompt.
-struct Placed {
-    const uint32_t *tokens;
-    int start, length;
-};
+constexpr uint32_t kAll = 0xffffffffu;
+constexpr uint32_t kTaken = 1u << 31;  // beside the bits of a score, which is at least 0
 
 struct Shared {
-    int warp_sums[kWarps];
+    int warp_sums[2][kWarps];
     union {
         int histogram[kBins];
-        Placed placed[kThreads];
+        // Of a sentence of the next prompt: its first token there, and the distance of its tokens in the plan from it.
+        struct {
+            int starts[kThreads], shifts[kThreads];
+        } placed;
     };
-    int prefix, remaining;
+    uint32_t prefix;
+    int room, tied;
 };
 
-// Sum of `value` over all threads of lower index. Every thread must call it; `total` becomes the sum over all.
-__device__ int scan(Shared &shared, int value, int &total) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int inclusive = value;
-    for (int offset = 1; offset < 32; offset *= 2) {
-        const int left = __shfl_up_sync(0xffffffffu, inclusive, offset);
-        if (lane >= offset) inclusive += left;
+// Sums over the CTA, in which all threads take part. They write to two places in turn, for a thread may still read the last.
+struct Sums {
+    Shared &shared;
+    int turn = 0;
+
+    // Sum of `value` over all threads of lower index; `total` becomes the sum over all.
+    __device__ int before(int value, int &total) {
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        int inclusive = value;
+        for (int offset = 1; offset < 32; offset *= 2) {
+            const int left = __shfl_up_sync(kAll, inclusive, offset);
+            if (lane >= offset) inclusive += left;
+        }
+        const int *sums = share(inclusive);
+        const int of_warp = sums[lane];
+        total = __reduce_add_sync(kAll, of_warp);
+        return __reduce_add_sync(kAll, lane < warp ? of_warp : 0) + inclusive - value;
     }
-    __syncthreads();
-    if (lane == 31) shared.warp_sums[warp] = inclusive;
-    __syncthreads();
-    int before = 0;
-    total = 0;
-    for (int w = 0; w < kWarps; ++w) {
-        if (w < warp) before += shared.warp_sums[w];
-        total += shared.warp_sums[w];
+
+    // Sum of `value` over all threads.
+    __device__ int total(int value) {
+        const int *sums = share(__reduce_add_sync(kAll, value));
+        return __reduce_add_sync(kAll, sums[threadIdx.x % 32]);
     }
-    return before + inclusive - value;
+
+  private:
+    // Hands round what the last lane of each warp has.
+    __device__ const int *share(int of_warp) {
+        static_assert(kWarps == 32, "a lane for each warp");
+        int *sums = shared.warp_sums[turn ^= 1];
+        if (threadIdx.x % 32 == 31) sums[threadIdx.x / 32] = of_warp;
+        __syncthreads();
+        return sums;
+    }
+};
+
+// Where a sentence lies in the plan.
+struct Place {
+    uint32_t sentence;
+    int from, length;
+};
+
+__device__ Place place(const GleanerPlan &plan, uint32_t sentence) {
+    const int from = plan.sentence_offsets[sentence];
+    return {sentence, from, static_cast<int>(plan.sentence_offsets[sentence + 1]) - from};
 }
 
-__device__ int length(const GleanerPlan &plan, uint32_t sentence) {
-    return plan.sentence_offsets[sentence + 1] - plan.sentence_offsets[sentence];
+// Sentences and tokens of a chunk.
+struct Chunk {
+    int first, sentences, from, tokens;
+};
+
+__device__ Chunk chunk_at(const GleanerPlan &plan, int chunk) {
+    const int first = plan.chunk_offsets[chunk], last = plan.chunk_offsets[chunk + 1];
+    const int from = plan.sentence_offsets[first];
+    return {first, last - first, from, static_cast<int>(plan.sentence_offsets[last]) - from};
 }
 
-// Writes the prompt of step `chunk`: prefix, kept sentences, the chunk, tail.
-__device__ void assemble(Shared &shared, const GleanerPlan &plan, const GleanerLoop &loop, int chunk, int kept) {
-    const int first = plan.chunk_offsets[chunk];
-    const int sentences = kept + plan.chunk_offsets[chunk + 1] - first;
-    int context_tokens = 0;
-    for (int base = 0; base < sentences; base += kThreads) {
-        const int i = base + threadIdx.x;
-        const uint32_t sentence = i < kept ? loop.kept[i] : first + i - kept;
-        const uint32_t from = i < sentences ? plan.sentence_offsets[sentence] : 0;
-        const int count = i < sentences ? plan.sentence_offsets[sentence + 1] - from : 0;
-        int total;
-        const int start = context_tokens + scan(shared, count, total);
-        shared.placed[threadIdx.x] = {plan.tokens + from, start, count};
-        // A sentence has at least one token, so that more than max_tokens of them do not fit either.
-        if (i < sentences && i < loop.max_tokens) {
-            loop.sentences[i] = sentence;
-            loop.starts[i] = start;
-        }
-        context_tokens += total;
-        __syncthreads();
-        for (int p = threadIdx.x / 32; p < min(kThreads, sentences - base); p += kWarps) {
-            const Placed placed = shared.placed[p];
-            const int end = min(placed.length, loop.max_tokens - plan.prefix_len - placed.start);
-            for (int t = threadIdx.x % 32; t < end; t += 32) {
-                loop.prompt[plan.prefix_len + placed.start + t] = placed.tokens[t];
-                loop.owner[placed.start + t] = base + p;
-            }
-        }
-        __syncthreads();
-    }
+// Brings words to the L2 cache.
+__device__ void fetch(const uint32_t *words, int count) {
+    constexpr int kLine = 128 / 4;
+    for (int i = threadIdx.x * kLine; i < count; i += kThreads * kLine)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(words + i));
+}
+
+// Writes the prompt of step `index`: prefix, kept sentences, its chunk, tail. The kept ones are the first of
+// loop.sentences, of `kept_tokens` together.
+__device__ void assemble(Sums &sums, const GleanerPlan &plan, const GleanerLoop &loop, int index, const Chunk &chunk,
+                         int kept, int kept_tokens) {
+    const int sentences = kept + chunk.sentences, context_tokens = kept_tokens + chunk.tokens;
     const int tokens = plan.prefix_len + context_tokens + plan.tail_len;
-    const bool fits = tokens <= loop.max_tokens && sentences <= loop.max_tokens;
-    if (fits) {
-        for (int t = threadIdx.x; t < plan.prefix_len; t += kThreads) loop.prompt[t] = plan.prefix[t];
-        for (int t = threadIdx.x; t < plan.tail_len; t += kThreads)
-            loop.prompt[plan.prefix_len + context_tokens + t] = plan.tail[t];
-    }
+    const bool fits = tokens <= loop.max_tokens;
     if (threadIdx.x == 0) {
         GleanerState &state = *loop.state;
-        state.chunk = chunk;
+        state.chunk = index;
         state.tokens = fits ? tokens : 0;
         state.context_tokens = context_tokens;
         state.context_sentences = sentences;
@@ -96,138 +112,213 @@ __device__ void assemble(Shared &shared, const GleanerPlan &plan, const GleanerL
         state.question_rows = plan.tail_len - plan.question_start;
         if (!fits) state.error |= GLEANER_ERROR_CAPACITY;
     }
+    if (!fits) return;
+    for (int t = threadIdx.x; t < plan.prefix_len; t += kThreads) loop.prompt[t] = __ldg(plan.prefix + t);
+    for (int t = threadIdx.x; t < plan.tail_len; t += kThreads)
+        loop.prompt[plan.prefix_len + context_tokens + t] = __ldg(plan.tail + t);
+
+    // A sentence has at least one token, so that `sentences` of them have places.
+    auto &placed = sums.shared.placed;
+    uint32_t *context = loop.prompt + plan.prefix_len;
+    for (int base = 0, start = 0; base < sentences; base += kThreads) {
+        const int i = base + threadIdx.x;
+        Place own{};
+        if (i < sentences) own = place(plan, i < kept ? loop.sentences[i] : chunk.first + i - kept);
+        if (i >= kept && i < sentences) loop.sentences[i] = own.sentence;
+        int total;
+        const int own_start = start + sums.before(own.length, total);
+        placed.starts[threadIdx.x] = own_start;
+        placed.shifts[threadIdx.x] = own.from - own_start;
+        __syncthreads();
+        int steps = 1;
+        while (steps < min(kThreads, sentences - base)) steps *= 2;
+#pragma unroll 4
+        for (int t = start + threadIdx.x; t < start + total; t += kThreads) {
+            // The last sentence that does not start behind t. Behind the last of all they start at the end.
+            int owner = 0;
+            for (int step = steps / 2; step > 0; step /= 2)
+                if (placed.starts[owner + step] <= t) owner += step;
+            context[t] = __ldg(plan.tokens + placed.shifts[owner] + t);
+            loop.owner[t] = base + owner;
+        }
+        start += total;
+        __syncthreads();
+    }
 }
 
-// The score, as an integer of the same order, that the last of the `k` best has; `remaining` of those that have exactly
-// it are among them. Scores are at least 0, so that their bits are in order.
-__device__ uint32_t threshold(Shared &shared, const float *scores, int count, int k, int &remaining) {
-    uint32_t prefix = 0;
-    int shift = 32;
-    remaining = k;
+// The part of a sequence that is taken: keys from the largest down, of equal ones from the right, as long as all their
+// weights fit the room.
+struct Cut {
+    uint32_t least;  // all larger keys are taken
+    int room;        // for those that are equal to it, which weigh `tied`
+    int tied;
+
+    // Whether a key is taken that is equal to `least`, given the weight of such from the left up to before it.
+    __device__ bool takes_tied(int before) const { return tied - before <= room; }
+};
+
+// Finds it, where all do not fit. Keys are smaller than 2^31. The histogram is zero before and after.
+template <class Key, class Weight>
+__device__ Cut cut(Sums &sums, int count, int room, Key key_of, Weight weight_of) {
+    Shared &shared = sums.shared;
+    Cut cut{0, room, 0};
+    int shift = 31;
     for (int pass = 0; pass < 3; ++pass) {
-        const int bits = pass < 2 ? 11 : 10;
+        const int bits = pass < 2 ? 11 : 9;
         shift -= bits;
-        for (int bin = threadIdx.x; bin < kBins; bin += kThreads) shared.histogram[bin] = 0;
-        __syncthreads();
         for (int base = 0; base < count; base += kThreads) {
-            const int c = base + threadIdx.x;
-            const uint32_t key = c < count ? __float_as_uint(scores[c]) : 0;
-            const bool counts = c < count && (shift + bits == 32 || key >> (shift + bits) == prefix);
-            // Scores crowd in few bins, so that lanes of the same bin add together.
-            const uint32_t bin = counts ? key >> shift & ((1u << bits) - 1) : kBins;
-            const uint32_t same = __match_any_sync(0xffffffffu, bin);
-            if (counts && threadIdx.x % 32 == __ffs(same) - 1) atomicAdd(&shared.histogram[bin], __popc(same));
+            const int i = base + threadIdx.x;
+            const uint32_t key = i < count ? key_of(i) : 0;
+            const int weight = i < count && key >> shift >> bits == cut.least ? weight_of(i) : 0;
+            if (weight) atomicAdd(&shared.histogram[key >> shift & ((1u << bits) - 1)], weight);
         }
         __syncthreads();
         // Bins from the largest down: two a thread.
         const int high = kBins - 1 - 2 * threadIdx.x;
         const int in_high = shared.histogram[high], in_low = shared.histogram[high - 1];
+        shared.histogram[high] = shared.histogram[high - 1] = 0;
         int total;
-        const int above = scan(shared, in_high + in_low, total);
-        if (above < remaining && above + in_high + in_low >= remaining) {
-            const bool is_high = above + in_high >= remaining;
-            shared.prefix = prefix << bits | (is_high ? high : high - 1);
-            shared.remaining = remaining - above - (is_high ? 0 : in_high);
+        const int above = sums.before(in_high + in_low, total);
+        if (above <= cut.room && above + in_high + in_low > cut.room) {
+            const bool is_high = above + in_high > cut.room;
+            shared.prefix = cut.least << bits | (is_high ? high : high - 1);
+            shared.room = cut.room - above - (is_high ? 0 : in_high);
+            shared.tied = is_high ? in_high : in_low;
         }
         __syncthreads();
-        prefix = shared.prefix;
-        remaining = shared.remaining;
-        __syncthreads();
+        cut = {shared.prefix, shared.room, shared.tied};
+        if (cut.room == 0) {
+            // Nothing of this bin is taken.
+            cut.least = ((cut.least + 1) << shift) - 1;
+            break;
+        }
     }
-    return prefix;
-}
-
-// Order in which kept sentences go when there are too many: by score, of equal scores the earlier first.
-__device__ unsigned long long rank(const GleanerLoop &loop, int i) {
-    return static_cast<unsigned long long>(loop.best[i]) << 32 | loop.sentences[i];
-}
-
-// Tokens of the selected sentences of at least `least` rank.
-__device__ int tokens_from(Shared &shared, const GleanerPlan &plan, const GleanerLoop &loop, int sentences,
-                           unsigned long long least) {
-    int mine = 0, total;
-    for (int i = threadIdx.x; i < sentences; i += kThreads)
-        if (loop.selected[i] && rank(loop, i) >= least) mine += length(plan, loop.sentences[i]);
-    scan(shared, mine, total);
-    return total;
+    return cut;
 }
 
 __global__ void __launch_bounds__(kThreads, 1) start_kernel(GleanerPlan plan, GleanerLoop loop) {
     __shared__ Shared shared;
     if (threadIdx.x == 0) *loop.state = GleanerState{};
     __syncthreads();
-    assemble(shared, plan, loop, 0, 0);
+    Sums sums{shared};
+    assemble(sums, plan, loop, 0, chunk_at(plan, 0), 0, 0);
 }
 
 __global__ void __launch_bounds__(kThreads, 1) select_kernel(GleanerPlan plan, GleanerLoop loop) {
     __shared__ Shared shared;
+    // Scores, behind them keys. Where the scores were come the sentences' best.
+    extern __shared__ double dynamic[];
+    // What earlier steps wrote is there: the logits' kernel has waited for it before the two behind it start.
     const GleanerState state = *loop.state;
-    if (state.tokens == 0) return;
     const int count = state.context_tokens, sentences = state.context_sentences;
+    const bool ends = state.chunk + 1 == plan.chunks;
+    Chunk next{};
+    Place first_place{};  // of the sentence whose position is the thread's index
+    int next_owner = -1;  // of the token there
+    if (state.tokens > 0) {
+        if (!ends) next = chunk_at(plan, state.chunk + 1);
+        fetch(plan.sentence_offsets + next.first, next.sentences);
+        fetch(plan.tokens + next.from, next.tokens);
+        if (threadIdx.x < sentences) first_place = place(plan, loop.sentences[threadIdx.x]);
+        if (threadIdx.x < count) next_owner = loop.owner[threadIdx.x];
+        for (int bin = threadIdx.x; bin < kBins; bin += kThreads) shared.histogram[bin] = 0;
+    }
+    wait_for_previous();
+    if (state.tokens == 0) return;
+    Sums sums{shared};
+    const double *scores = loop.scores;
+    uint32_t *keys = reinterpret_cast<uint32_t *>(loop.phrase_scores), *best = loop.best;
+    if (count <= kSharedTokens) {
+#pragma unroll 4
+        for (int c = threadIdx.x; c < count; c += kThreads) dynamic[c] = loop.scores[c];
+        scores = dynamic;
+        keys = reinterpret_cast<uint32_t *>(dynamic + min(loop.max_tokens, kSharedTokens));
+        best = reinterpret_cast<uint32_t *>(dynamic);
+        __syncthreads();
+    }
 
     int invalid = 0;
     for (int c = threadIdx.x; c < count; c += kThreads) {
         const int from = max(0, c - plan.phrase_width / 2);
         const int to = min(count, c + (plan.phrase_width + 1) / 2);
         double sum = 0.;
-        for (int t = from; t < to; ++t) sum += loop.scores[t];
+#pragma unroll 8
+        for (int t = from; t < to; ++t) sum += scores[t];
         const bool finite = isfinite(static_cast<float>(sum));
         invalid |= !finite;
-        loop.phrase_scores[c] = finite ? static_cast<float>(sum) : 0.f;
-    }
-    for (int i = threadIdx.x; i < sentences; i += kThreads) {
-        loop.best[i] = 0;
-        loop.selected[i] = 0;
+        const float phrase_score = finite ? static_cast<float>(sum) : 0.f;
+        loop.phrase_scores[c] = phrase_score;
+        keys[c] = __float_as_uint(phrase_score);
     }
     invalid = __syncthreads_or(invalid);
+    for (int i = threadIdx.x; i < sentences; i += kThreads) best[i] = 0;
 
-    int remaining = 0;
     const bool all = plan.topk >= count;
-    const uint32_t least = all ? 0 : threshold(shared, loop.phrase_scores, count, plan.topk, remaining);
-    // From the right, for of equal scores the larger index wins.
-    for (int base = 0; base < count; base += kThreads) {
-        const int c = count - 1 - base - static_cast<int>(threadIdx.x);
-        const uint32_t key = c >= 0 ? __float_as_uint(loop.phrase_scores[c]) : 0;
-        const bool tied = c >= 0 && !all && key == least;
-        int total;
-        const int ties_before = scan(shared, tied, total);
-        if (c >= 0) {
-            const int owner = loop.owner[c];
-            if (all || key > least || (tied && ties_before < remaining)) loop.selected[owner] = 1;
-            atomicMax(&loop.best[owner], key);
+    Cut tokens{0, 0, 0};
+    if (!all) tokens = cut(sums, count, plan.topk, [&](int c) { return keys[c]; }, [](int) { return 1; });
+    __syncthreads();
+    for (int base = 0, tied_before = 0; base < count; base += kThreads) {
+        const int c = base + threadIdx.x;
+        const bool live = c < count;
+        const uint32_t key = live ? keys[c] : 0;
+        bool taken = all || key > tokens.least;
+        if (tokens.room > 0) {
+            const bool tied = live && key == tokens.least;
+            int total;
+            const int before = tied_before + sums.before(tied, total);
+            taken |= tied && tokens.takes_tied(before);
+            tied_before += total;
         }
-        remaining -= total;
+        const int owner = next_owner;
+        next_owner = c + kThreads < count ? loop.owner[c + kThreads] : -1;
+        // Of a sentence's tokens in this warp, which are neighbours, the first gathers what the others have.
+        uint32_t value = key | (taken ? kTaken : 0);
+        for (int offset = 1; offset < 32; offset *= 2) {
+            const uint32_t other = __shfl_down_sync(kAll, value, offset);
+            if (__shfl_down_sync(kAll, owner, offset) == owner) value = max(value, other);
+        }
+        const int left = __shfl_up_sync(kAll, owner, 1);
+        if (live && (threadIdx.x % 32 == 0 || left != owner)) atomicMax(best + owner, value);
     }
     __syncthreads();
 
-    unsigned long long least_rank = 0;
-    if (tokens_from(shared, plan, loop, sentences, 0) > plan.max_retained) {
-        // The smallest rank from which on all fit.
-        unsigned long long too_low = 0, fits = ~0ull;
-        while (fits - too_low > 1) {
-            const unsigned long long middle = too_low + (fits - too_low) / 2;
-            (tokens_from(shared, plan, loop, sentences, middle) > plan.max_retained ? too_low : fits) = middle;
-        }
-        least_rank = fits;
-    }
+    auto key_of = [&](int i) { return best[i] & ~kTaken; };
+    auto place_at = [&](int i) { return i < kThreads ? first_place : place(plan, loop.sentences[i]); };
+    auto length_of = [&](int i) { return best[i] & kTaken ? place_at(i).length : 0; };
+    int own_tokens = 0;
+    for (int i = threadIdx.x; i < sentences; i += kThreads) own_tokens += length_of(i);
+    int kept_tokens = sums.total(own_tokens);
+    const bool too_many = kept_tokens > plan.max_retained;
+    Cut capacity{0, 0, 0};
+    if (too_many) capacity = cut(sums, sentences, plan.max_retained, key_of, length_of);
+
     int kept = 0, dropped = 0;
-    for (int base = 0; base < sentences; base += kThreads) {
+    own_tokens = 0;
+    for (int base = 0, tied_before = 0; base < sentences; base += kThreads) {
         const int i = base + threadIdx.x;
-        const bool selected = i < sentences && loop.selected[i];
-        const bool stays = selected && rank(loop, i) >= least_rank;
-        int total, logged;
-        const int before = scan(shared, stays, total);
-        const int in_log = scan(shared, selected, logged);
-        if (stays) loop.kept[kept + before] = loop.sentences[i];
-        if (selected) {
-            const size_t at = static_cast<size_t>(state.chunk) * loop.max_log + kept + dropped + in_log;
-            loop.log[at] = {loop.sentences[i], stays ? 1u : 0u, __uint_as_float(loop.best[i])};
+        const bool selected = i < sentences && best[i] & kTaken;
+        const Place own = selected ? place_at(i) : Place{};
+        bool stays = selected && (!too_many || key_of(i) > capacity.least);
+        if (capacity.room > 0) {
+            const int tied = selected && key_of(i) == capacity.least ? own.length : 0;
+            int total;
+            const int before = tied_before + sums.before(tied, total);
+            stays |= tied && capacity.takes_tied(before);
+            tied_before += total;
         }
-        kept += total;
-        dropped += logged - total;
+        // Both counts in one sum. It also lets all read of `sentences` before what stays is moved up.
+        int totals;
+        const int before = sums.before(stays | selected << 16, totals);
+        if (stays) loop.sentences[kept + (before & 0xffff)] = own.sentence;
+        if (stays) own_tokens += own.length;
+        if (selected) {
+            const size_t at = static_cast<size_t>(state.chunk) * loop.max_log + kept + dropped + (before >> 16);
+            loop.log[at] = {own.sentence, stays ? 1u : 0u, __uint_as_float(key_of(i))};
+        }
+        kept += totals & 0xffff;
+        dropped += (totals >> 16) - (totals & 0xffff);
     }
-    const int kept_tokens = tokens_from(shared, plan, loop, sentences, least_rank);
-    __syncthreads();
+    if (too_many) kept_tokens = sums.total(own_tokens);
     if (threadIdx.x == 0) {
         loop.state->kept = kept;
         loop.state->kept_tokens = kept_tokens;
@@ -237,7 +328,7 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(GleanerPlan plan, G
         loop.step_log[state.chunk] = {state.tokens, count, kept + dropped, kept_tokens};
     }
     __syncthreads();
-    if (state.chunk + 1 < plan.chunks && !invalid) assemble(shared, plan, loop, state.chunk + 1, kept);
+    if (!ends && !invalid) assemble(sums, plan, loop, state.chunk + 1, next, kept, kept_tokens);
 }
 
 }  // namespace
@@ -248,6 +339,7 @@ extern "C" int32_t gleaner_start(const GleanerLoop *loop, const GleanerPlan *pla
 }
 
 extern "C" int32_t gleaner_select(const GleanerLoop *loop, const GleanerPlan *plan, void *stream) {
-    select_kernel<<<1, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(*plan, *loop);
-    return cudaGetLastError();
+    const int in_shared = loop->max_tokens < kSharedTokens ? loop->max_tokens : kSharedTokens;
+    const int shared_bytes = in_shared * static_cast<int>(sizeof(double) + sizeof(uint32_t));
+    return launch_overlapping(select_kernel, 1, kThreads, shared_bytes, stream, *plan, *loop);
 }

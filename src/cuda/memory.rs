@@ -20,8 +20,14 @@ pub const SELECTED_WORDS: usize = 3;
 /// Parts that the keys are cut into where one new row attends to them.
 pub const ATTENTION_SPLITS: usize = 16;
 
-/// Keys that share a pair of softmax statistics.
+/// Keys that share a pair of softmax statistics, and question rows of which these are joined together.
 const STATS_KEYS: usize = 128;
+const STATS_ROWS: usize = 16;
+
+/// Columns of the logits of so many tokens: their rows start at multiples of 16 bytes.
+pub fn logit_columns(tokens: usize) -> usize {
+    tokens.next_multiple_of(4)
+}
 
 /// Rows of the embedding and the head on the device: the vocabulary rounded up for the kernels.
 pub fn vocab_rows(config: &Config) -> usize {
@@ -85,10 +91,12 @@ impl ActivationSizes {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct StepSizes {
-    /// Of each buffer with one entry a token: eight of 32 bits and one of 64.
+    /// Of each buffer with one entry a token: five of 32 bits and one of 64.
     pub tokens: usize,
     pub logits: usize,
-    pub stats: usize,
+    pub row_stats: usize,
+    pub block_stats: usize,
+    pub done: usize,
     pub head_sums: usize,
     pub row_weights: usize,
     /// State and logs, in 32-bit integers.
@@ -100,8 +108,10 @@ impl StepSizes {
         let (tokens, rows) = (shape.max_step_tokens, shape.question_rows);
         StepSizes {
             tokens,
-            logits: query_heads * rows * tokens,
-            stats: query_heads * rows * tokens.div_ceil(STATS_KEYS) * 2,
+            logits: query_heads * rows * logit_columns(tokens),
+            row_stats: query_heads * rows * 2,
+            block_stats: query_heads * rows * tokens.div_ceil(STATS_KEYS) * 2,
+            done: query_heads * rows.div_ceil(STATS_ROWS),
             head_sums: rows * tokens,
             row_weights: rows,
             journal: STATE_WORDS + shape.chunks * (STEP_WORDS + max_log(shape) * SELECTED_WORDS),
@@ -167,10 +177,11 @@ impl ReadSizes {
 
     /// The bytes of it all, by what they are for.
     pub fn parts(&self) -> [(&'static str, u64); 3] {
-        let StepSizes { tokens, logits, stats, head_sums, row_weights, journal } = self.steps;
+        let StepSizes { tokens, logits, row_stats, block_stats, done, head_sums, row_weights, journal } = self.steps;
         let activations = self.activations.bytes() + HALF * self.qkv;
+        let stats = row_stats + block_stats + done;
         let scoring =
-            HALF * (self.q + self.k) + (8 * WORD + DOUBLE) * tokens + WORD * (logits + stats + head_sums + row_weights);
+            HALF * (self.q + self.k) + (5 * WORD + DOUBLE) * tokens + WORD * (logits + stats + head_sums + row_weights);
         let plan = WORD * (journal + lens(&self.plan).iter().sum::<usize>());
         [(ACTIVATIONS, activations as u64), (SCORING, scoring as u64), (PLAN, plan as u64)]
     }
@@ -312,7 +323,7 @@ mod tests {
     #[test]
     fn a_reading_takes_the_sum_of_its_buffers() {
         let shape = PlanShape {
-            max_step_tokens: 1000,
+            max_step_tokens: 999,
             question_rows: 20,
             prefix_tokens: 0,
             tail_tokens: 30,
@@ -321,18 +332,20 @@ mod tests {
             sentences: 400,
             tokens: 6000,
         };
-        let x_and_scaled = 1000 * 896 * (4 + 2);
-        let squares = 1000 * 32 * 4;
-        let attended = 1000 * 14 * 64 * 2;
-        let h = 1000 * 4864 * 2;
-        let rope = 1000 * 32 * 8;
-        let qkv = 1000 * (14 + 2 + 2) * 64 * 2;
-        let (q, k) = (20 * 14 * 64 * 2, 1000 * 2 * 64 * 2);
-        // prompt, owner, sentences, starts, phrase_scores, best, selected, kept; scores
-        let by_token = 1000 * (8 * 4 + 8);
+        let x_and_scaled = 999 * 896 * (4 + 2);
+        let squares = 999 * 32 * 4;
+        let attended = 999 * 14 * 64 * 2;
+        let h = 999 * 4864 * 2;
+        let rope = 999 * 32 * 8;
+        let qkv = 999 * (14 + 2 + 2) * 64 * 2;
+        let (q, k) = (20 * 14 * 64 * 2, 999 * 2 * 64 * 2);
+        // prompt, owner, sentences, phrase_scores, best; scores
+        let by_token = 999 * (5 * 4 + 8);
+        // Rows of a multiple of four.
         let logits = 14 * 20 * 1000 * 4;
-        let stats = 14 * 20 * 8 * 8;
-        let (head_sums, row_weights) = (20 * 1000 * 4, 20 * 4);
+        // Of a row, of eight blocks of keys, and one count for 16 rows.
+        let stats = 14 * 20 * 8 + 14 * 20 * 8 * 8 + 14 * 2 * 4;
+        let (head_sums, row_weights) = (20 * 999 * 4, 20 * 4);
         let state = 12 * 4;
         let logs = 7 * 16 + 7 * 300 * 12;
         let tables = (6000 + 401 + 8 + 1 + 30) * 4;

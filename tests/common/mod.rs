@@ -46,7 +46,12 @@ pub fn small_model(name: &str) -> Arc<Model> {
 
 /// Sentences of 5 to 24 tokens that are noise, in chunks of ten.
 pub fn noise_plan(vocab_size: u32, sentences: u32, max_retained: u32) -> Plan {
-    let mut state = 7u32;
+    seeded_noise_plan(7, vocab_size, sentences, max_retained)
+}
+
+/// The same from another seed.
+pub fn seeded_noise_plan(seed: u32, vocab_size: u32, sentences: u32, max_retained: u32) -> Plan {
+    let mut state = seed;
     let mut next = move |below: u32| {
         state = state.wrapping_mul(1664525).wrapping_add(1013904223);
         (state >> 8) % below

@@ -37,9 +37,10 @@ fn plan(question_rows: usize) -> Plan {
 /// Probabilities of the question rows, summed over heads, `[rows, tokens]`; and the bound of their relative error.
 ///
 /// A logit is a sum of `dim` exact products in fp32: off by `dim + 2` roundings of the sum of their magnitudes, M at
-/// most. Its difference to a maximum is off by one rounding of at most 2 M, and an exponential by as much as its argument
-/// and 2 units, 4 roundings. A probability is the quotient of such an exponential and of a sum of such, which passes
-/// through up to three exponentials and a few dozen additions; over heads come as many additions again.
+/// most, and by fewer where 16 are added at a time. Its difference to a maximum is off by one rounding of at most 2 M,
+/// and an exponential by as much as its argument and 2 units, 4 roundings. A probability is the quotient of such an
+/// exponential and of a sum of such, which passes through up to three exponentials and a few dozen additions; over heads
+/// come as many additions again.
 fn head_sums(q: &[f32], k: &[f32], heads: Heads, rows: usize, tokens: usize) -> (Vec<f64>, f64) {
     let Heads { q: num_heads, kv, dim, window } = heads;
     let mut sums = vec![0.0; rows * tokens];

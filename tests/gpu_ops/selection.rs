@@ -183,7 +183,7 @@ fn selection_follows_the_rules() {
     check(&gpu, &bare, decades(7), "no prefix");
 }
 
-/// More sentences and tokens than the kernel has threads.
+/// More sentences and tokens than the kernel has threads, and than it holds in shared memory.
 #[test]
 #[ignore = "needs a GPU"]
 fn selection_of_long_contexts() {
@@ -192,6 +192,8 @@ fn selection_of_long_contexts() {
     check(&gpu, &plan(3, 1300, 3, (300, 4, UNLIMITED)), decades(2), "many short sentences");
     check(&gpu, &plan(2, 3, 2500, (300, 8, UNLIMITED)), decades(3), "few long sentences");
     assert!(check(&gpu, &plan(4, 2000, 1, (900, 1, 700)), ties(4, 50), "over capacity") > 0);
+    check(&gpu, &plan(2, 5000, 3, (300, 8, UNLIMITED)), decades(5), "in global memory");
+    assert!(check(&gpu, &plan(3, 5000, 3, (6000, 1, 3000)), ties(6, 5), "in global memory, over capacity") > 0);
 }
 
 #[test]

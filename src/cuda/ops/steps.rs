@@ -143,13 +143,15 @@ pub struct StepBuffers {
     prompt: CudaSlice<u32>,
     head_sums: CudaSlice<f32>,
     logits: CudaSlice<f32>,
-    stats: CudaSlice<f32>,
+    row_stats: CudaSlice<f32>,
+    block_stats: CudaSlice<f32>,
+    /// Blocks of keys whose statistics are there; zero between two launches.
+    done: CudaSlice<i32>,
     row_weights: CudaSlice<f32>,
     scores: CudaSlice<f64>,
-    /// Owners, starts, selected.
-    ints: [CudaSlice<i32>; 3],
-    /// Sentences, best scores, kept.
-    words: [CudaSlice<u32>; 3],
+    owner: CudaSlice<i32>,
+    sentences: CudaSlice<u32>,
+    best: CudaSlice<u32>,
     phrase_scores: CudaSlice<f32>,
     sizes: StepSizes,
     /// Of the plan that they are prepared for, as are the next three.
@@ -189,11 +191,14 @@ impl StepBuffers {
             prompt: allocator.zeros(tokens)?,
             head_sums: allocator.zeros(sizes.head_sums)?,
             logits: allocator.zeros(sizes.logits)?,
-            stats: allocator.zeros(sizes.stats)?,
+            row_stats: allocator.zeros(sizes.row_stats)?,
+            block_stats: allocator.zeros(sizes.block_stats)?,
+            done: allocator.zeros(sizes.done)?,
             row_weights: allocator.zeros(sizes.row_weights)?,
             scores: allocator.zeros(tokens)?,
-            ints: [allocator.zeros(tokens)?, allocator.zeros(tokens)?, allocator.zeros(tokens)?],
-            words: [allocator.zeros(tokens)?, allocator.zeros(tokens)?, allocator.zeros(tokens)?],
+            owner: allocator.zeros(tokens)?,
+            sentences: allocator.zeros(tokens)?,
+            best: allocator.zeros(tokens)?,
             phrase_scores: allocator.zeros(tokens)?,
             sizes,
             chunks: 0,
@@ -203,8 +208,8 @@ impl StepBuffers {
         })
     }
 
-    /// Makes the buffers `plan`'s. Of the plan before nothing is read: whatever a step reads, it or an earlier step of the
-    /// same plan wrote.
+    /// Makes the buffers `plan`'s. Of the plan before nothing is read but counts that are zero: whatever else a step
+    /// reads, it or an earlier step of the same plan wrote.
     pub(in crate::cuda) fn prepare(&mut self, plan: &Plan, heads: Heads) -> Result<()> {
         let shape = plan.shape();
         let covered = memory::cover(&self.sizes, &StepSizes::new(&shape, heads.q));
@@ -217,21 +222,16 @@ impl StepBuffers {
     }
 
     fn raw(&mut self, device: &CudaDevice) -> ffi::GleanerLoop {
-        let [owner, starts, selected] = self.ints.each_mut().map(|buffer| device.address_mut(buffer) as *mut i32);
-        let [sentences, best, kept] = self.words.each_mut().map(|buffer| device.address_mut(buffer) as *mut u32);
         let state = device.address_mut(&mut self.journal) as *mut i32;
         let step_log = state.wrapping_add(memory::STATE_WORDS);
         ffi::GleanerLoop {
             state: state as *mut _,
             prompt: device.address_mut(&mut self.prompt) as *mut _,
-            owner,
-            sentences,
-            starts,
+            owner: device.address_mut(&mut self.owner) as *mut _,
+            sentences: device.address_mut(&mut self.sentences) as *mut _,
             scores: device.address_mut(&mut self.scores) as *mut _,
             phrase_scores: device.address_mut(&mut self.phrase_scores) as *mut _,
-            best,
-            selected,
-            kept,
+            best: device.address_mut(&mut self.best) as *mut _,
             log: step_log.wrapping_add(self.chunks * memory::STEP_WORDS) as *mut _,
             step_log: step_log as *mut _,
             max_tokens: self.max_tokens as i32,
@@ -346,7 +346,8 @@ impl CudaDevice {
         let fits = q.len() >= max_rows * heads.q * heads.dim && k.len() >= max_tokens * heads.kv * heads.dim;
         require(fits, op, "a buffer is smaller than its rows")?;
         require(heads.q <= 128, op, "at most 128 query heads")?;
-        require(steps.logits.len() >= heads.q * max_rows * max_tokens, op, "the step buffers have fewer heads")?;
+        let logits = heads.q * max_rows * memory::logit_columns(max_tokens);
+        require(steps.logits.len() >= logits, op, "the step buffers have fewer heads")?;
         let state = self.address(&steps.journal) as *const ffi::GleanerState;
         let (q_dim, kv_dim) = (heads.q * heads.dim, heads.kv * heads.dim);
         let work = Work::QuestionLogits { question_rows: max_rows, q_dim, kv_dim };
@@ -356,7 +357,9 @@ impl CudaDevice {
             unsafe {
                 ffi::gleaner_question_logits(
                     self.address_mut(&mut steps.logits) as *mut f32,
-                    self.address_mut(&mut steps.stats),
+                    self.address_mut(&mut steps.row_stats),
+                    self.address_mut(&mut steps.block_stats),
+                    self.address_mut(&mut steps.done) as *mut i32,
                     self.address(q),
                     self.address(k),
                     state,
@@ -381,7 +384,7 @@ impl CudaDevice {
                     self.address_mut(&mut steps.head_sums) as *mut f32,
                     self.address_mut(&mut steps.row_weights) as *mut f32,
                     self.address(&steps.logits) as *const f32,
-                    self.address(&steps.stats),
+                    self.address(&steps.row_stats),
                     state,
                     max_rows as c_int,
                     max_tokens as c_int,
