@@ -305,10 +305,14 @@ int32_t launch(const void *a, int a_rows, const void *weight, const Operands &op
         return launch_gemm(gemm_sm90_kernel<Groups, Epilogue>, clusters, kThreads<Groups>, kSharedBytes, a, a_rows,
                            weight, operands, stream, side_map, epilogue);
     };
+    // Most steps are nearly as long as the longest.
     const auto cost = [&](auto groups) {
-        return decltype(groups)::Tiles::choose(max_rows, operands.n, divide_up(operands.k, kTileK), clusters).cost;
+        int sum = 0;
+        for (int part = 14; part <= 16; ++part)
+            sum += decltype(groups)::Tiles::choose(divide_up(max_rows * part, 16), operands.n,
+                                                   divide_up(operands.k, kTileK), clusters).cost;
+        return sum;
     };
-    // Most steps are about as long as the longest.
     return cost(Three{}) < cost(Two{}) ? with(Three{}) : with(Two{});
 }
 

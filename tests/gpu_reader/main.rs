@@ -221,23 +221,31 @@ fn a_needle_is_found_in_a_million_tokens() {
     }
 }
 
+/// The fp32 reader gets 58 of 60 right. With the kernels' roundings to bf16 put into it by hand it got 55 to 58, depending on
+/// where they were put: which of the close ones are lost is chance.
 #[test]
 #[ignore = "needs a GPU"]
 fn the_almanac_answers_its_questions_as_on_the_cpu() {
+    const MUST_BE_RIGHT: usize = 55;
     let questions = std::fs::read_to_string(root().join("examples/almanac-qa.jsonl")).unwrap();
     let document = Document::open(root().join("examples/almanac.txt")).unwrap();
     let cuda = Engine::open(demo_dir(), Device::Cuda(0)).unwrap();
     let cpu = Engine::open(demo_dir(), Device::Cpu).unwrap();
-    let (mut right, mut read_ms, mut answer_ms) = (0, 0.0, 0.0);
+    let (mut right, mut evidence_kept, mut read_ms, mut answer_ms) = (0, 0, 0.0, 0.0);
     for (index, line) in questions.lines().enumerate() {
         let question: Value = serde_json::from_str(line).unwrap();
+        let texts = |name: &str| -> Vec<String> {
+            question[name].as_array().unwrap().iter().map(|text| text.as_str().unwrap().to_lowercase()).collect()
+        };
         let asked = question["question"].as_str().unwrap();
         let answer = cuda.ask(&document, asked, &AskParams::default()).unwrap();
-        let answers = question["answers"].as_array().unwrap();
-        let is_right = answers.iter().any(|expected| answer.answer.contains(expected.as_str().unwrap()));
+        let kept = |evidence: &String| answer.evidence.iter().any(|kept| kept.text.to_lowercase().contains(evidence));
+        let is_kept = texts("evidence").iter().all(kept);
+        let is_right = texts("answers").iter().any(|expected| answer.answer.to_lowercase().contains(expected));
+        evidence_kept += is_kept as usize;
         right += is_right as usize;
         if !is_right {
-            println!("wrong: {asked} {answers:?}: {:?}", answer.answer);
+            println!("wrong: {asked} {:?}, evidence kept: {is_kept}", answer.answer);
         }
         if index > 0 {
             read_ms += answer.timing_ms.read / 59.0;
@@ -250,6 +258,10 @@ fn the_almanac_answers_its_questions_as_on_the_cpu() {
             println!("{asked} {:?}, {:.0}% of the evidence in common with the CPU", answer.answer, common * 100.0);
         }
     }
-    println!("{right} of 60 right; {read_ms:.1} ms to read 16 chunks, {answer_ms:.1} ms to answer, means");
-    assert!(right >= 57, "{right} right");
+    println!(
+        "{right} of 60 right, evidence kept for {evidence_kept}; {read_ms:.1} ms to read 16 chunks, {answer_ms:.1} ms to \
+         answer, means"
+    );
+    assert!(right >= MUST_BE_RIGHT, "{right} right");
+    assert!(evidence_kept >= MUST_BE_RIGHT, "{evidence_kept} kept");
 }
