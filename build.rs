@@ -2,9 +2,11 @@
 //! the crate is built for the CPU alone.
 //!
 //! Read from the environment: `NVCC`, `CUDA_HOME`, `CUDA_PATH` (where the toolkit is), `LIBCLANG_PATH` (bindgen), and
-//! `GLEANER_REQUIRE_CUDA`: set to 1, a missing toolkit and every compiler warning are errors.
+//! `GLEANER_REQUIRE_CUDA`: set to 1, a missing toolkit and every compiler warning are errors. `GLEANER_COMMIT` is what records
+//! of evaluations name as the commit, instead of that of the checkout.
 
 use std::env;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -28,8 +30,11 @@ fn main() {
     println!("cargo:rustc-check-cfg=cfg(gleaner_cuda, gleaner_nvtx)");
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=kernels");
-    for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "LIBCLANG_PATH", "GLEANER_REQUIRE_CUDA"] {
+    for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "LIBCLANG_PATH", "GLEANER_REQUIRE_CUDA", "GLEANER_COMMIT"] {
         println!("cargo:rerun-if-env-changed={name}");
+    }
+    if let Some(commit) = env::var("GLEANER_COMMIT").ok().or_else(checked_out_commit) {
+        println!("cargo:rustc-env=GLEANER_COMMIT={commit}");
     }
     let required = env::var("GLEANER_REQUIRE_CUDA").is_ok_and(|value| value == "1");
     let built = find_toolkit().and_then(|toolkit| {
@@ -57,6 +62,14 @@ fn main() {
         }
     };
     println!("cargo:rustc-env=GLEANER_CUDA_ARCHITECTURES={architectures}");
+}
+
+/// The commit that git last checked out or made here; none outside a checkout.
+fn checked_out_commit() -> Option<String> {
+    const LOG: &str = ".git/logs/HEAD";
+    let log = std::fs::read_to_string(LOG).ok()?;
+    println!("cargo:rerun-if-changed={LOG}");
+    Some(log.lines().last()?.split(' ').nth(1)?.to_owned())
 }
 
 /// The toolkit, or in words why there is none.
@@ -108,17 +121,26 @@ fn find_toolkit() -> Result<Toolkit, String> {
 }
 
 fn compile(toolkit: &Toolkit, strict: bool) {
-    let mut sources: Vec<PathBuf> = std::fs::read_dir("kernels")
+    let mut files: Vec<PathBuf> = std::fs::read_dir("kernels")
         .expect("kernels/ is part of the crate")
         .map(|entry| entry.unwrap().path())
         .collect();
-    sources.retain(|path| path.extension().is_some_and(|extension| extension == "cu"));
-    sources.sort();
+    files.sort();
+    let (sources, headers): (Vec<_>, Vec<_>) =
+        files.into_iter().partition(|path| path.extension().is_some_and(|extension| extension == "cu"));
 
     // nvcc is called here rather than by cc, which compiles relocatable device code: calls where inlining belongs.
     let out_dir = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
-    let object = |source: &Path| out_dir.join(source.file_name().expect("a file")).with_extension("o");
-    let nvcc = |source: &Path| {
+    let read = |path: &Path| std::fs::read(path).expect("a file of kernels/");
+    let headers: Vec<Vec<u8>> = headers.iter().map(|path| read(path)).collect();
+    // Named by all that it is made from, so that one that is there already serves.
+    let object = |source: &Path| {
+        let mut hasher = DefaultHasher::new();
+        (&toolkit.nvcc, strict, read(Path::new("build.rs")), read(source), &headers).hash(&mut hasher);
+        let name = source.file_stem().expect("a file").to_string_lossy();
+        out_dir.join(format!("{name}-{:016x}.o", hasher.finish()))
+    };
+    let nvcc = |source: &Path, object: &Path| {
         let mut nvcc = Command::new(&toolkit.nvcc);
         nvcc.args(["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-Wall,-Wextra", "-c"]);
         nvcc.arg("-I").arg(&toolkit.include_dir);
@@ -128,13 +150,22 @@ fn compile(toolkit: &Toolkit, strict: bool) {
         if strict {
             nvcc.args(["-Werror=all-warnings", "-Xptxas=-Werror,-warn-spills,-warn-lmem-usage"]);
         }
-        nvcc.arg(source).arg("-o").arg(object(source)).output()
+        nvcc.arg(source).arg("-o").arg(object).output()
+    };
+    let make = |source: &Path| {
+        let (object, unfinished) =
+            (object(source), out_dir.join(source.file_name().expect("a file")).with_extension("o"));
+        if !object.is_file() {
+            report(source, nvcc(source, &unfinished));
+            std::fs::rename(unfinished, object).expect("OUT_DIR can be written to");
+        }
     };
     std::thread::scope(|scope| {
         let threads = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1);
         let per_thread = sources.len().div_ceil(threads);
         for share in sources.chunks(per_thread.max(1)) {
-            scope.spawn(move || share.iter().for_each(|source| report(source, nvcc(source))));
+            let make = &make;
+            scope.spawn(move || share.iter().for_each(|source| make(source)));
         }
     });
     let mut archive = cc::Build::new();
