@@ -17,11 +17,16 @@ const ARCHITECTURES: [(&str, &str); 3] = [("compute_80", "sm_80"), HOPPER, ("com
 /// Files whose name ends in `_sm90` use instructions that this one alone has.
 const HOPPER: (&str, &str) = ("compute_90a", "sm_90a");
 
+/// What nvcc itself reads from the environment.
+const NVCC_VARIABLES: [&str; 3] = ["NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN"];
+
 /// Oldest toolkit that the kernels are written for.
 const MIN_CUDA: (u32, u32) = (12, 8);
 
 struct Toolkit {
     nvcc: PathBuf,
+    /// What it says of itself.
+    version: String,
     library_dir: PathBuf,
     include_dir: PathBuf,
 }
@@ -30,10 +35,14 @@ fn main() {
     println!("cargo:rustc-check-cfg=cfg(gleaner_cuda, gleaner_nvtx)");
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=kernels");
-    for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "LIBCLANG_PATH", "GLEANER_REQUIRE_CUDA", "GLEANER_COMMIT"] {
+    for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "LIBCLANG_PATH", "GLEANER_REQUIRE_CUDA", "GLEANER_COMMIT"]
+        .iter()
+        .chain(&NVCC_VARIABLES)
+    {
         println!("cargo:rerun-if-env-changed={name}");
     }
-    if let Some(commit) = env::var("GLEANER_COMMIT").ok().or_else(checked_out_commit) {
+    let named = env::var("GLEANER_COMMIT").ok().filter(|commit| !commit.is_empty());
+    if let Some(commit) = named.or_else(checked_out_commit) {
         println!("cargo:rustc-env=GLEANER_COMMIT={commit}");
     }
     let required = env::var("GLEANER_REQUIRE_CUDA").is_ok_and(|value| value == "1");
@@ -117,6 +126,7 @@ fn find_toolkit() -> Result<Toolkit, String> {
             "cuda_runtime.h",
         )?,
         nvcc,
+        version: text,
     })
 }
 
@@ -126,17 +136,23 @@ fn compile(toolkit: &Toolkit, strict: bool) {
         .map(|entry| entry.unwrap().path())
         .collect();
     files.sort();
-    let (sources, headers): (Vec<_>, Vec<_>) =
-        files.into_iter().partition(|path| path.extension().is_some_and(|extension| extension == "cu"));
+    let with_extension = |wanted: &[&str]| -> Vec<PathBuf> {
+        let is_wanted =
+            |path: &&PathBuf| path.extension().is_some_and(|extension| wanted.iter().any(|&w| extension == w));
+        files.iter().filter(is_wanted).cloned().collect()
+    };
+    let (sources, headers) = (with_extension(&["cu"]), with_extension(&["cuh", "h"]));
 
     // nvcc is called here rather than by cc, which compiles relocatable device code: calls where inlining belongs.
     let out_dir = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let read = |path: &Path| std::fs::read(path).expect("a file of kernels/");
     let headers: Vec<Vec<u8>> = headers.iter().map(|path| read(path)).collect();
-    // Named by all that it is made from, so that one that is there already serves.
+    // Named by what it is made from and with, so that one that is there already serves.
+    let variables = NVCC_VARIABLES.map(env::var_os);
     let object = |source: &Path| {
         let mut hasher = DefaultHasher::new();
-        (&toolkit.nvcc, strict, read(Path::new("build.rs")), read(source), &headers).hash(&mut hasher);
+        let compiler = (&toolkit.nvcc, &toolkit.version, &variables, strict, read(Path::new("build.rs")));
+        (compiler, read(source), &headers).hash(&mut hasher);
         let name = source.file_stem().expect("a file").to_string_lossy();
         out_dir.join(format!("{name}-{:016x}.o", hasher.finish()))
     };
@@ -168,8 +184,15 @@ fn compile(toolkit: &Toolkit, strict: bool) {
             scope.spawn(move || share.iter().for_each(|source| make(source)));
         }
     });
-    let mut archive = cc::Build::new();
-    archive.cpp(true).objects(sources.iter().map(|source| object(source))).compile("gleaner_kernels");
+    let objects: Vec<PathBuf> = sources.iter().map(|source| object(source)).collect();
+    for entry in std::fs::read_dir(&out_dir).expect("cargo has made OUT_DIR").flatten() {
+        let path = entry.path();
+        if path.extension().is_some_and(|extension| extension == "o") && !objects.contains(&path) {
+            // Of an earlier build. One that cannot be removed does no harm.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+    cc::Build::new().cpp(true).objects(&objects).compile("gleaner_kernels");
     println!("cargo:rustc-link-search=native={}", toolkit.library_dir.display());
     for library in ["static=cudart_static", "dl", "pthread", "rt"] {
         println!("cargo:rustc-link-lib={library}");

@@ -1,4 +1,4 @@
-// The embedding of a prompt: the residual stream's beginning. One CTA a row, 16 bytes a thread.
+// The embedding of a prompt: the residual stream's beginning. One CTA a row, eight columns a thread.
 #include "common.cuh"
 #include "kernels.h"
 

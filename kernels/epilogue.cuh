@@ -1,7 +1,7 @@
 // What becomes of the results of a linear layer. An epilogue gets, of one row, the columns column, column + 1 (low) and
 // column + 8, column + 9 (high); column is even, and column / 8 is. What else it needs it loads before, so that a kernel can
 // ask for it long before the product is there. It returns what is to be stored as words of two values; kernels store them
-// alone, or four lanes' together.
+// alone, or four lanes' together. Residual has more to store, in steps of its own.
 #pragma once
 
 #include "common.cuh"

@@ -113,6 +113,6 @@ extern "C" int32_t gleaner_gemm_sm90_swiglu(void *out, const void *a, const floa
     const auto kernel = bias ? gemm_swiglu_sm90_kernel<true> : gemm_swiglu_sm90_kernel<false>;
     int clusters;
     if (const int32_t status = count_clusters(&clusters)) return status;
-    return launch_gemm(kernel, clusters, kThreads, kSharedBytes, a, max_rows, weight, {rows, nullptr, n, k}, stream, norm, epilogue,
-                       static_cast<const bf16 *>(bias));
+    return launch_gemm(kernel, clusters, kThreads, kSharedBytes, a, max_rows, weight, {rows, nullptr, n, k}, stream, norm,
+                       epilogue, static_cast<const bf16 *>(bias));
 }

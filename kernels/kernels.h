@@ -20,7 +20,10 @@ const char *gleaner_error_string(int32_t status);
 // - squares, fp32 [rows, GLEANER_SQUARES(width)], whose sum over a row is that of the squares of x. A product that is made of
 //   scaled is multiplied, row by row, with 1 / sqrt(sum / width + eps): that is the norm.
 // Of squares, kernels write what their columns own. Elements beyond must be zero.
-#define GLEANER_SQUARES(width) (((width) + 511) / 512 * 16)
+#define GLEANER_SQUARES_COLUMNS 512
+#define GLEANER_SQUARES_SLOTS 16
+#define GLEANER_SQUARES(width) \
+    (((width) + GLEANER_SQUARES_COLUMNS - 1) / GLEANER_SQUARES_COLUMNS * GLEANER_SQUARES_SLOTS)
 
 // Of each row of a prompt, its row of embedding [*, width]; norm, bf16 [width]: weights of the norm that comes next. rows: a
 // device integer of at most max_rows.
@@ -42,14 +45,14 @@ int32_t gleaner_gemm_swiglu(void *out, const void *a, const float *squares, cons
 
 // out [rows, n] = norm(a)[row_start..] weight^T + bias, a and squares as above, the heads in the columns below rope_columns
 // rotated by their position, row_start + row. Dimensions of such heads come as 8 of the lower half, 8 of the upper, and so
-// on, in weight, bias and out; head_dim is a power of two. table: float2 (cosine, sine) [positions, head_dim / 2].
+// on, in weight, bias and out; head_dim is a power of two, at least 32. table: float2 (cosine, sine) [positions, head_dim / 2].
 // row_start: device integer, or null for 0.
 int32_t gleaner_gemm_rope(void *out, const void *a, const float *squares, const void *weight, const void *bias,
                           const void *table, const int32_t *rows, const int32_t *row_start, int32_t max_rows, int32_t n,
                           int32_t k, int32_t head_dim, int32_t rope_columns, float eps, void *stream);
 
-// The same three for Hopper (compute capability 9.0 alone). a_rows: rows that a holds, dead ones among them, and positions of
-// the table.
+// The same three for Hopper (compute capability 9.0 alone), which may read dead rows: a and x hold max_rows rows. For rope it
+// is a_rows that a holds, and positions of the table, which is read whether or not heads are rotated.
 int32_t gleaner_gemm_sm90_residual(float *x, void *scaled, float *squares, const void *a, const void *weight,
                                    const void *bias, const void *norm, const int32_t *rows, int32_t max_rows, int32_t n,
                                    int32_t k, void *stream);
@@ -179,7 +182,8 @@ int32_t gleaner_question_scores(double *scores, float *head_sums, float *row_wei
                                 const void *row_stats, const GleanerState *state, int32_t max_rows,
                                 int32_t max_tokens, int32_t num_heads, void *stream);
 
-// From `scores` to `kept`, the log and the next step's prompt.
+// From `scores` to `kept`, the log and the next step's prompt. Comes behind gleaner_question_scores: it reads what the step
+// before wrote while that one still runs.
 int32_t gleaner_select(const GleanerLoop *loop, const GleanerPlan *plan, void *stream);
 
 // How the next token is chosen.

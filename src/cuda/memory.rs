@@ -53,7 +53,7 @@ pub fn weight_bytes(config: &Config) -> u64 {
 }
 
 /// Sums of squares of a row of the residual stream: GLEANER_SQUARES in kernels.h.
-pub fn squares(width: usize) -> usize {
+pub const fn squares(width: usize) -> usize {
     width.div_ceil(512) * 16
 }
 
@@ -235,7 +235,7 @@ fn lens<T: Pod>(sizes: &T) -> &[usize] {
 pub struct AnswerSizes {
     /// Of the prompt.
     pub prompt: ActivationSizes,
-    /// Of one new row.
+    /// Of one new row, of whose residual stream decoding uses x alone.
     pub one: ActivationSizes,
     /// Queries, keys and values of all positions, in each layer.
     pub cache: usize,

@@ -1,4 +1,4 @@
-//! What works row by row: embedding, RMSNorm, the head norms of Qwen3; and the checks of shapes.
+//! What works row by row: embedding and the head norms of Qwen3; and the checks of shapes.
 
 use gleaner::cuda::CudaDevice;
 use gleaner::cuda::ops::{Heads, Normed, Residual, Rotation, Rows};
@@ -13,7 +13,8 @@ pub fn normalised(x: &[bf16], weight: &[bf16], eps: f32) -> Vec<f64> {
     x.iter().zip(weight).map(|(x, w)| x.to_f64() * scale * w.to_f64()).collect()
 }
 
-/// Rows exact to the bit, with what goes with them. The ids behind the live rows lead far out of the table: reading them would be an error.
+/// Rows exact to the bit, with what goes with them. The ids behind the live rows lead far out of the table: reading them
+/// would be an error.
 #[test]
 #[ignore = "needs a GPU"]
 fn embed() {
@@ -103,7 +104,8 @@ fn wrong_shapes_are_errors() {
     let (linear, ..) = gpu.linear(16, 8, true);
     let error = gpu.device.gemm_residual(&mut stream, &x, &linear, &x, rows(9)).unwrap_err();
     assert!(error.to_string().contains("gemm_residual [9, 16, 8]"), "{error}");
-    let rotation = Rotation { table: &gpu.upload(&[0.0f32; 7 * 16]), head_dim: 16, columns: 16 };
+    let (linear, ..) = gpu.linear(32, 8, true);
+    let rotation = Rotation { table: &gpu.upload(&[0.0f32; 7 * 32]), head_dim: 32, columns: 0 };
     let error = gpu
         .device
         .gemm_rope(&mut out, Normed { residual: &stream, eps: EPS }, &linear, rotation, rows(1), None)

@@ -47,8 +47,10 @@ fn share_in_common(a: &BTreeSet<u32>, b: &BTreeSet<u32>) -> f64 {
 
 /// The logits of these models' random weights reach about 15. Queries and keys rounded to bf16 move such a logit by up
 /// to 15 * 2^-8 = 0.06 and its exponential by as much; the hidden states before them are rounded too. How far the worst of a
-/// plan's scores goes depends on the plan: the median of some tells.
+/// plan's scores goes depends on the plan: the median of some tells. The fp32 reader, with the kernels' roundings put in by
+/// hand, was off by 0.19 at most in as many plans.
 const SCORE_TOLERANCE: f32 = 0.06;
+const WORST_SCORE_TOLERANCE: f32 = 0.3;
 const PLANS: u32 = 7;
 
 /// Logits of these models reach 8; a hidden state rounded to bf16 a few times on its way moves them by a few 2^-8 of that.
@@ -83,6 +85,8 @@ fn check_against_fp32(name: &str, model: Arc<Model>) {
         let behind = logits.iter().copied().fold(f32::MIN, f32::max) - logits[first[0] as usize];
         assert!(behind <= LOGIT_TOLERANCE, "{name}: the first token is {behind} behind the likeliest");
     }
+    assert!(common.iter().all(|&share| share >= 0.6), "{name}: {common:?} in common");
+    assert!(worst.iter().all(|&off| off <= WORST_SCORE_TOLERANCE), "{name}: {worst:?}");
     let (common, worst) = (median(common), median(worst));
     println!("{name}: {:.0}% in common, scores within {worst:.1e} of the largest, medians", common * 100.0);
     assert!(common >= 0.8, "{name}: {common}");
@@ -221,12 +225,13 @@ fn a_needle_is_found_in_a_million_tokens() {
     }
 }
 
-/// The fp32 reader gets 58 of 60 right. With the kernels' roundings to bf16 put into it by hand it got 55 to 58, depending on
+/// The fp32 reader keeps the evidence for all 60 and gets 58 right. With the kernels' roundings to bf16 put into it by hand it got 55 to 58, depending on
 /// where they were put: which of the close ones are lost is chance.
 #[test]
 #[ignore = "needs a GPU"]
 fn the_almanac_answers_its_questions_as_on_the_cpu() {
     const MUST_BE_RIGHT: usize = 55;
+    const MUST_BE_KEPT: usize = 58;
     let questions = std::fs::read_to_string(root().join("examples/almanac-qa.jsonl")).unwrap();
     let document = Document::open(root().join("examples/almanac.txt")).unwrap();
     let cuda = Engine::open(demo_dir(), Device::Cuda(0)).unwrap();
@@ -263,5 +268,5 @@ fn the_almanac_answers_its_questions_as_on_the_cpu() {
          answer, means"
     );
     assert!(right >= MUST_BE_RIGHT, "{right} right");
-    assert!(evidence_kept >= MUST_BE_RIGHT, "{evidence_kept} kept");
+    assert!(evidence_kept >= MUST_BE_KEPT, "{evidence_kept} kept");
 }

@@ -17,7 +17,8 @@ pub struct Norm<'a> {
 }
 
 fn check_norm(op: &dyn Fn() -> String, norm: Norm, k: usize) -> Result<()> {
-    require(norm.weight.len() == k && k <= 1 << 15, op, "the norm must be as wide as the row, at most 32768")
+    // A row in fp32 must fit the shared memory of any GPU: 99 KiB.
+    require(norm.weight.len() == k && k <= 24 << 10, op, "the norm must be as wide as the row, at most 24576")
 }
 
 /// What the parts of a row's attention leave for their joining.
@@ -217,8 +218,8 @@ impl CudaDevice {
         )
     }
 
-    /// [`CudaDevice::gemm_rope`] for one row `x`, which is normalised first, written to row `position` of `out`; `position` is a device
-    /// integer below the rows of `out` and of the table.
+    /// [`CudaDevice::gemm_rope`] for one row `x`, which is normalised first, written to row `position` of `out`; `position` is
+    /// a device integer below the rows of `out` and of the table.
     ///
     /// # Errors
     /// As [`CudaDevice::embed`].

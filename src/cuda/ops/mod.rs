@@ -70,9 +70,11 @@ pub struct Residual {
     pub x: CudaSlice<f32>,
     /// `x` times the weights of the norm that comes next, `[rows, width]`.
     pub scaled: CudaSlice<bf16>,
-    /// Sums of the squares of `x` by parts of a row, for the norm.
+    /// Sums of the squares of `x` by parts of a row, for the norm. Parts that no column belongs to must stay zero.
     pub squares: CudaSlice<f32>,
 }
+
+const _: () = assert!(memory::squares(ffi::GLEANER_SQUARES_COLUMNS as usize) == ffi::GLEANER_SQUARES_SLOTS as usize);
 
 impl Residual {
     /// Elements of its buffers for so many rows.
@@ -371,6 +373,9 @@ impl CudaDevice {
             "a buffer is smaller than its rows",
         )?;
         check_rotation(&op, rotation, linear.n, a_rows)?;
+        // The kernels bring the table whether or not they rotate, 32 columns at a time.
+        require(rotation.head_dim >= 32, op, "heads must be at least 32 wide")?;
+        require(rotation.table.len() >= a_rows * rotation.head_dim, op, "the table has too few positions")?;
         let (count, first) = (self.count(rows)?, self.shift(first)?);
         let _kernel = self.kernel("gemm_rope", linear.role, rows.max, Work::product(linear.n, linear.k));
         let (out, squares) = (self.address_mut(out), self.address(&residual.squares) as *const f32);
