@@ -281,10 +281,8 @@ int32_t launch(const void *qkv, const Args &args, int max_rows, void *stream) {
     const int columns = (args.num_heads + 2 * args.num_kv_heads) * kHeadDim;
     CUtensorMap map;
     if (const int32_t status = make_tensor_map(&map, static_cast<const bf16 *>(qkv), max_rows, columns, kRows)) return status;
-    int device, multiprocessors;
-    cudaError_t status = cudaGetDevice(&device);
-    if (status == cudaSuccess)
-        status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    int multiprocessors;
+    cudaError_t status = device_attribute(&multiprocessors, cudaDevAttrMultiProcessorCount);
     if (status == cudaSuccess)
         status = cudaFuncSetAttribute(attention_sm90_kernel<kHeadDim>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       kSharedBytes<kHeadDim>);

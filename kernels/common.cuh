@@ -23,13 +23,19 @@ __device__ inline void start_next() {
 #endif
 }
 
+// An attribute of the device that work is launched on.
+inline cudaError_t device_attribute(int *value, cudaDeviceAttr attribute) {
+    int device;
+    const cudaError_t status = cudaGetDevice(&device);
+    return status == cudaSuccess ? cudaDeviceGetAttribute(value, attribute, device) : status;
+}
+
 // Launches a kernel that may start before the one before it has ended.
 template <class... Parameters, class... Arguments>
 int32_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, void *stream,
                            Arguments... arguments) {
-    int device, major;
-    cudaError_t status = cudaGetDevice(&device);
-    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    int major;
+    cudaError_t status = device_attribute(&major, cudaDevAttrComputeCapabilityMajor);
     // Above 48 KiB it must be asked for, and what the kernel declares counts too.
     if (status == cudaSuccess && shared_bytes > 32 * 1024)
         status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "common.cuh"
+#include "kernels.h"
 
 struct Nothing {};
 
@@ -29,6 +30,10 @@ struct RowNorm {
         return rsqrtf(sum / width + eps);
     }
 };
+
+inline RowNorm row_norm(const float *squares, int32_t width, float eps) {
+    return {squares, GLEANER_SQUARES(width), static_cast<float>(width), eps};
+}
 
 constexpr int kSlotColumns = 32;  // of x, the squares of which go to one slot at most
 

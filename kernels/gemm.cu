@@ -157,10 +157,6 @@ Operands operands_of(const void *a, const void *weight, const void *bias, const 
             row_start, norm, n, k};
 }
 
-RowNorm norm_of(const float *squares, int32_t k, float eps) {
-    return {squares, GLEANER_SQUARES(k), static_cast<float>(k), eps};
-}
-
 }  // namespace
 
 extern "C" int32_t gleaner_gemm_residual(float *x, void *scaled, float *squares, const void *a, const void *weight,
@@ -175,7 +171,7 @@ extern "C" int32_t gleaner_gemm_swiglu(void *out, const void *a, const float *sq
                                        const void *bias, const int32_t *rows, int32_t max_rows, int32_t n, int32_t k,
                                        float eps, void *stream) {
     const SwiGlu swiglu{static_cast<bf16 *>(out), n / 2};
-    return launch(operands_of(a, weight, bias, rows, nullptr, norm_of(squares, k, eps), n, k), swiglu, max_rows, stream);
+    return launch(operands_of(a, weight, bias, rows, nullptr, row_norm(squares, k, eps), n, k), swiglu, max_rows, stream);
 }
 
 extern "C" int32_t gleaner_gemm_rope(void *out, const void *a, const float *squares, const void *weight,
@@ -183,5 +179,5 @@ extern "C" int32_t gleaner_gemm_rope(void *out, const void *a, const float *squa
                                      int32_t max_rows, int32_t n, int32_t k, int32_t head_dim, int32_t rope_columns,
                                      float eps, void *stream) {
     const Rope rope{static_cast<bf16 *>(out), static_cast<const float2 *>(table), row_start, n, head_dim, rope_columns};
-    return launch(operands_of(a, weight, bias, rows, row_start, norm_of(squares, k, eps), n, k), rope, max_rows, stream);
+    return launch(operands_of(a, weight, bias, rows, row_start, row_norm(squares, k, eps), n, k), rope, max_rows, stream);
 }

@@ -62,7 +62,7 @@ __device__ inline float4 scaled_sum(float4 a, float factor, float4 b) {
 
 // Piece `piece` of 16 bytes of a row of a box.
 __device__ inline float4 load_side(uint32_t box, int row, int piece) {
-    return load_shared(box + row * (kChunk * 4) + (piece ^ row % 8) * 16);
+    return load_shared(box + row * kSideRowBytes + (piece ^ row % 8) * 16);
 }
 
 // Where a row starts. Neither number is negative, which saves a register each.
@@ -337,7 +337,7 @@ extern "C" int32_t gleaner_gemm_sm90_rope(void *out, const void *a, const float 
                                           int32_t k, int32_t head_dim, int32_t rope_columns, float eps, void *stream) {
     const RotateHeads epilogue{static_cast<bf16 *>(out),
                                static_cast<const bf16 *>(bias),
-                               {squares, GLEANER_SQUARES(k), static_cast<float>(k), eps},
+                               row_norm(squares, k, eps),
                                head_dim,
                                rope_columns,
                                n};

@@ -179,11 +179,9 @@ __device__ inline void release_last(const Stages &stages, int last) {
 
 // Clusters that run at a time on this device.
 inline int32_t count_clusters(int *clusters) {
-    int device, multiprocessors;
-    cudaError_t status = cudaGetDevice(&device);
-    if (status == cudaSuccess)
-        status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    if (status == cudaSuccess) *clusters = multiprocessors / kCluster;
+    int multiprocessors = 0;
+    const cudaError_t status = device_attribute(&multiprocessors, cudaDevAttrMultiProcessorCount);
+    *clusters = multiprocessors / kCluster;
     return status;
 }
 

@@ -108,7 +108,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
 extern "C" int32_t gleaner_gemm_sm90_swiglu(void *out, const void *a, const float *squares, const void *weight,
                                             const void *bias, const int32_t *rows, int32_t max_rows, int32_t n,
                                             int32_t k, float eps, void *stream) {
-    const RowNorm norm{squares, GLEANER_SQUARES(k), static_cast<float>(k), eps};
+    const RowNorm norm = row_norm(squares, k, eps);
     const SwiGlu epilogue{static_cast<bf16 *>(out), n / 2};
     const auto kernel = bias ? gemm_swiglu_sm90_kernel<true> : gemm_swiglu_sm90_kernel<false>;
     int clusters;

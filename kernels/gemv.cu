@@ -210,10 +210,8 @@ int32_t launch_split(const Operands &operands, const Epilogue &epilogue, int mul
 
 template <class Epilogue>
 int32_t launch(const Operands &operands, const Epilogue &epilogue, void *stream) {
-    int device, multiprocessors;
-    cudaError_t status = cudaGetDevice(&device);
-    if (status == cudaSuccess)
-        status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    int multiprocessors;
+    const cudaError_t status = device_attribute(&multiprocessors, cudaDevAttrMultiProcessorCount);
     if (status != cudaSuccess) return status;
     const int warps = operands.n / kColumns;
     if (warps >= multiprocessors * kWarps) return launch_split<1>(operands, epilogue, multiprocessors, stream);

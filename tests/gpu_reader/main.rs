@@ -48,9 +48,9 @@ fn share_in_common(a: &BTreeSet<u32>, b: &BTreeSet<u32>) -> f64 {
 /// The logits of these models' random weights reach about 15. Queries and keys rounded to bf16 move such a logit by up
 /// to 15 * 2^-8 = 0.06 and its exponential by as much; the hidden states before them are rounded too. How far the worst of a
 /// plan's scores goes depends on the plan: the median of some tells. The fp32 reader, with the kernels' roundings put in by
-/// hand, was off by 0.19 at most in as many plans.
+/// hand, was off by 0.19 at most in as many plans: half as much again is too much for any.
 const SCORE_TOLERANCE: f32 = 0.06;
-const WORST_SCORE_TOLERANCE: f32 = 0.3;
+const WORST_SCORE_TOLERANCE: f32 = 0.28;
 const PLANS: u32 = 7;
 
 /// Logits of these models reach 8; a hidden state rounded to bf16 a few times on its way moves them by a few 2^-8 of that.
@@ -225,8 +225,8 @@ fn a_needle_is_found_in_a_million_tokens() {
     }
 }
 
-/// The fp32 reader keeps the evidence for all 60 and gets 58 right. With the kernels' roundings to bf16 put into it by hand it got 55 to 58, depending on
-/// where they were put: which of the close ones are lost is chance.
+/// The fp32 reader keeps the evidence for all 60 and gets 58 right. With the kernels' roundings to bf16 put into it by hand it
+/// got 55 to 59, depending on where they were put: which of the close ones are lost is chance.
 #[test]
 #[ignore = "needs a GPU"]
 fn the_almanac_answers_its_questions_as_on_the_cpu() {
