@@ -31,7 +31,7 @@ int main(int argc, char **argv) {
         const gleaner_evidence *evidence;
         printf("%s\n", gleaner_answer_text(answer, NULL));
         for (size_t i = 0; i < 3 && (evidence = gleaner_answer_evidence(answer, i)); i++)
-            printf("line %zu, score %.3f: %s\n", evidence->line, evidence->score, evidence->text);
+            printf("line %zu, score %.4g: %s\n", evidence->line, evidence->score, evidence->text);
         failed = 0;
     }
     gleaner_answer_free(&answer);

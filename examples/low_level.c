@@ -16,7 +16,7 @@ static int on_step(void *user_data, const gleaner_step *step) {
         uint32_t sentence = step->sentences[i];
         size_t length = tables->sentence_offsets[sentence + 1] - tables->sentence_offsets[sentence];
         if (best < first + length) {
-            printf("step %zu: most looked at is token %zu of sentence %u, with %.3f\n", step->step, best - first,
+            printf("step %zu: most looked at is token %zu of sentence %u, with %.4g\n", step->step, best - first,
                    (unsigned)sentence, step->scores[best]);
             break;
         }

@@ -108,8 +108,9 @@ __device__ void assemble(Sums &sums, const GleanerPlan &plan, const GleanerLoop 
         state.context_tokens = context_tokens;
         state.context_sentences = sentences;
         state.question_offset = plan.question_start;
-        state.question_start = plan.prefix_len + context_tokens + plan.question_start;
-        state.question_rows = plan.tail_len - plan.question_start;
+        // Of a prompt that does not fit nothing is read: a recorded step goes on to the products of these rows.
+        state.question_start = fits ? plan.prefix_len + context_tokens + plan.question_start : 0;
+        state.question_rows = fits ? plan.tail_len - plan.question_start : 0;
         if (!fits) state.error |= GLEANER_ERROR_CAPACITY;
     }
     if (!fits) return;

@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::thread;
 
-use gleaner::cuda::{CudaReader, Statistics};
+use gleaner::cuda::{CudaDevice, CudaReader, Statistics};
 use gleaner::plan::Plan;
 use gleaner::reader::{Gleaned, Reader, StepReport};
 use gleaner::{Answer, AskParams, Device, Document, Engine};
@@ -130,5 +130,28 @@ fn threads_do_not_disturb_each_other() {
                 scope.spawn(move || (0..5).for_each(|_| assert_same(&ask(engine, document, question), expected)));
             }
         });
+    }
+}
+
+/// Two GPUs of one process, each by a thread of its own and both by one thread in turns.
+#[test]
+#[ignore = "needs a GPU"]
+fn devices_do_not_disturb_each_other() {
+    if CudaDevice::open(1).is_err() {
+        eprintln!("skipped: one GPU");
+        return;
+    }
+    let document = Document::open(root().join("examples/almanac.txt")).unwrap();
+    let engines = [0, 1].map(|ordinal| Engine::open(demo_dir(), Device::Cuda(ordinal)).unwrap());
+    let expected = QUESTIONS.map(|question| ask(&engines[0], &document, question));
+    assert_ne!(expected[0].answer, expected[1].answer);
+    thread::scope(|scope| {
+        for (engine, (question, expected)) in engines.iter().zip(QUESTIONS.into_iter().zip(&expected)) {
+            let document = &document;
+            scope.spawn(move || (0..5).for_each(|_| assert_same(&ask(engine, document, question), expected)));
+        }
+    });
+    for engine in [&engines[1], &engines[0], &engines[1]] {
+        assert_same(&ask(engine, &document, QUESTIONS[0]), &expected[0]);
     }
 }
