@@ -23,7 +23,8 @@ mod gpu {
 
     use cudarc::driver::{CudaSlice, DeviceRepr, DriverError};
     use gleaner::cuda::ops::{
-        AttentionParts, DeviceLinear, DevicePlan, Heads, Norm, Normed, Residual, Rotation, Rows, Shift, StepBuffers,
+        AttentionParts, DeviceLinear, DevicePlan, Heads, Norm, Normed, Residual, Rotation, Rows, Shift, Starts,
+        StepBuffers,
     };
     use gleaner::cuda::{self, CublasLt, CudaDevice};
     use gleaner::model::{Config, RopeTable, SHAPES};
@@ -154,7 +155,7 @@ mod gpu {
 
         fn measure<'b>(&self, kernel: Kernel, make: impl Fn() -> Result<Launch<'b>>) -> Result<()> {
             let Kernel { name, dims, work, product } = kernel;
-            let (bytes, flops) = (work.bytes(dims[0]), work.flops(dims[0]));
+            let (bytes, flops) = (work.bytes(dims[0], 0), work.flops(dims[0], 0));
             let us = self.time(self.turns(bytes, make)?)?;
             let library_us = match &self.library {
                 Some(library) if product => Some(self.time(self.turns(bytes, || {
@@ -210,13 +211,20 @@ mod gpu {
             self.measure(kernel, || {
                 let (mut stream, prompt) = (Residual::new(device, rows, hidden)?, self.upload(&prompts)?);
                 let (embedding, norm) = (&embedding, &norm);
-                Ok(Box::new(move || device.embed(&mut stream, &prompt, embedding, norm, count, hidden)))
+                Ok(Box::new(move || device.embed(&mut stream, &prompt, embedding, norm, count, None, hidden)))
             })?;
             self.measure(product("gemm_rope qkv", qkv, hidden, Work::product), || {
                 let (mut out, stream) = (device.zeros(rows * qkv)?, self.stream(rows)?);
                 let (linear, rotation) = (self.linear(qkv, hidden, config.qkv_bias)?, self.rotation());
                 Ok(Box::new(move || {
-                    device.gemm_rope(&mut out, Normed { residual: &stream, eps }, &linear, rotation, count, None)
+                    device.gemm_rope(
+                        &mut out,
+                        Normed { residual: &stream, eps },
+                        &linear,
+                        rotation,
+                        count,
+                        Starts::default(),
+                    )
                 }))
             })?;
             let attention = Kernel {
@@ -227,7 +235,7 @@ mod gpu {
             };
             self.measure(attention, || {
                 let (mut out, qkv) = (device.zeros(rows * q_dim)?, self.random(rows * qkv)?);
-                Ok(Box::new(move || device.attention(&mut out, &qkv, heads, count)))
+                Ok(Box::new(move || device.attention(&mut out, &qkv, heads, count, None)))
             })?;
             for (name, k) in [("gemm_residual o", q_dim), ("gemm_residual down", intermediate)] {
                 self.measure(product(name, hidden, k, Work::residual), || {
@@ -265,7 +273,7 @@ mod gpu {
                 max_retained: RETAINED as u32,
             };
             let tables = DevicePlan::new(device, &plan)?;
-            let steps = RefCell::new(StepBuffers::new(device, &plan, heads)?);
+            let steps = RefCell::new(StepBuffers::new(device, &plan, heads, false)?);
             device.start(&mut steps.borrow_mut(), &tables)?;
             let (q_len, k_len) = (QUESTION_ROWS * config.q_dim(), rows * config.kv_dim());
             let kernel = Kernel {
@@ -287,7 +295,7 @@ mod gpu {
                 }))
             })?;
             let log = steps.borrow().read_back(device)?;
-            let lengths = log.steps.iter().map(|step| step.0).filter(|&tokens| tokens > 0).skip(2);
+            let lengths = log.steps.iter().map(|step| step.tokens).filter(|&tokens| tokens > 0).skip(2);
             let (sum, count) = lengths.fold((0, 0), |(sum, count), tokens| (sum + tokens, count + 1));
             if sum != count * rows {
                 eprintln!("note: score_and_select saw {} rows on average, not {rows}", sum as f64 / count as f64);

@@ -11,9 +11,9 @@ namespace {
 constexpr int kRows = 64, kKeys = 64, kThreads = 128;
 
 struct Args {
-    bf16 *out;        // [rows, num_heads * head_dim]
+    bf16 *out;        // [rows - first_row, num_heads * head_dim]
     const bf16 *qkv;  // [rows, (num_heads + 2 * num_kv_heads) * head_dim]
-    const int32_t *rows;
+    const int32_t *rows, *first_row;
     int num_heads, num_kv_heads;
     int window;         // keys a row may attend to, itself included; 0 for all
     float scale_log2;  // 1 / sqrt(head_dim), in base 2
@@ -42,9 +42,9 @@ template <int kHeadDim>
 __global__ void __launch_bounds__(kThreads) attention_kernel(Args args) {
     constexpr int kTileBytes = kRows * kHeadDim * 2;
     constexpr int kSteps = kHeadDim / 16;  // of 16 dimensions
-    const int rows = *args.rows;
+    const int rows = *args.rows, first_row = start_of_rows(args.first_row);
     // The longest rows first: they have the most keys.
-    const int m0 = (gridDim.y - 1 - blockIdx.y) * kRows;
+    const int m0 = first_row + (gridDim.y - 1 - blockIdx.y) * kRows;
     if (m0 >= rows) return;
     extern __shared__ __align__(128) unsigned char shared[];
     const uint32_t shared_q = shared_address(shared);
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(Args args) {
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
         const int row = m0 + warp * 16 + half * 8 + lane / 4;
         if (row >= rows) continue;
-        bf16 *to = args.out + (static_cast<size_t>(row) * args.num_heads + head) * kHeadDim + lane % 4 * 2;
+        bf16 *to = args.out + (static_cast<size_t>(row - first_row) * args.num_heads + head) * kHeadDim + lane % 4 * 2;
 #pragma unroll
         for (int d = 0; d < kHeadDim / 8; ++d)
             *reinterpret_cast<uint32_t *>(to + d * 8) = pack(out[d][half * 2] / sum, out[d][half * 2 + 1] / sum);
@@ -183,12 +183,12 @@ int32_t launch(const Args &args, int max_rows, void *stream) {
 
 }  // namespace
 
-extern "C" int32_t gleaner_attention(void *out, const void *qkv, const int32_t *rows, int32_t max_rows,
-                                     int32_t num_heads, int32_t num_kv_heads, int32_t head_dim, int32_t window,
-                                     void *stream) {
+extern "C" int32_t gleaner_attention(void *out, const void *qkv, const int32_t *rows, const int32_t *first_row,
+                                     int32_t max_rows, int32_t num_heads, int32_t num_kv_heads, int32_t head_dim,
+                                     int32_t window, void *stream) {
     const float log2_e = 1.4426950408889634f;
-    const Args args{static_cast<bf16 *>(out), static_cast<const bf16 *>(qkv), rows, num_heads, num_kv_heads, window,
-                    log2_e / sqrtf(static_cast<float>(head_dim))};
+    const Args args{static_cast<bf16 *>(out), static_cast<const bf16 *>(qkv), rows, first_row, num_heads, num_kv_heads,
+                    window, log2_e / sqrtf(static_cast<float>(head_dim))};
     switch (head_dim) {
         case 64: return launch<64>(args, max_rows, stream);
         case 128: return launch<128>(args, max_rows, stream);

@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr int kRows = 128, kKeys = 128, kGroupRows = 64;
+constexpr int kRows = GLEANER_ROW_BLOCK, kKeys = 128, kGroupRows = 64;
 constexpr int kThreads = 384, kConsumers = 256, kConsumerWarps = 8;
 constexpr int kBoxBytes = kRows * kBoxColumns * 2;
 constexpr int kMaxStages = 4;
@@ -29,8 +29,8 @@ template <int kHeadDim>
 constexpr int kSharedBytes = (1 + 2 * kStages<kHeadDim>)*kTileBytes<kHeadDim> + 1024;  // tiles start at a multiple of 1024
 
 struct Args {
-    bf16 *out;  // [rows, num_heads * head_dim]
-    const int32_t *rows;
+    bf16 *out;  // [rows - first_row, num_heads * head_dim]
+    const int32_t *rows, *first_row;
     int num_heads, num_kv_heads;
     int window;        // keys a row may attend to, itself included; 0 for all
     float scale_log2;  // 1 / sqrt(head_dim), in base 2
@@ -50,15 +50,16 @@ struct Piece {
 
 // The pieces of a CTA. Those of one length are neighbours, so that heads that share keys and values read them together.
 struct Schedule {
-    int rows, num_heads, window, pieces;
+    int rows, first_row, num_heads, window, pieces;
     __device__ Schedule(const Args &args)
-        : rows(*args.rows), num_heads(args.num_heads), window(args.window), pieces(divide_up(rows, kRows) * num_heads) {}
+        : rows(*args.rows), first_row(start_of_rows(args.first_row)), num_heads(args.num_heads),
+          window(args.window), pieces(divide_up(rows - first_row, kRows) * num_heads) {}
     __device__ int index(int round) const {
         const int place = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
         return round * gridDim.x + place;
     }
     __device__ Piece piece(int index) const {
-        const int m0 = (divide_up(rows, kRows) - 1 - index / num_heads) * kRows;
+        const int m0 = first_row + (divide_up(rows - first_row, kRows) - 1 - index / num_heads) * kRows;
         const int first_key = window ? max(0, m0 + 1 - window) : 0;
         return {index % num_heads, m0, first_key / kKeys, (min(m0 + kRows, rows) - 1) / kKeys};
     }
@@ -227,7 +228,8 @@ __device__ void consume(const Args &args, const Schedule &schedule, const Shared
             sum += __shfl_xor_sync(0xffffffffu, sum, 2);
             const float factor = 1.f / sum;
             const int of = row + half * 8;
-            bf16 *to = args.out + (static_cast<size_t>(of) * args.num_heads + piece.head) * kHeadDim + lane % 4 * 8;
+            bf16 *to = args.out + (static_cast<size_t>(of - schedule.first_row) * args.num_heads + piece.head) * kHeadDim +
+                       lane % 4 * 8;
 #pragma unroll
             for (int j = 0; j < kHeadDim / 32; ++j) {
                 uint32_t words[4];
@@ -296,11 +298,11 @@ int32_t launch(const void *qkv, const Args &args, int max_rows, void *stream) {
 
 }  // namespace
 
-extern "C" int32_t gleaner_attention_sm90(void *out, const void *qkv, const int32_t *rows, int32_t max_rows,
-                                          int32_t num_heads, int32_t num_kv_heads, int32_t head_dim, int32_t window,
-                                          void *stream) {
+extern "C" int32_t gleaner_attention_sm90(void *out, const void *qkv, const int32_t *rows, const int32_t *first_row,
+                                          int32_t max_rows, int32_t num_heads, int32_t num_kv_heads, int32_t head_dim,
+                                          int32_t window, void *stream) {
     const float log2_e = 1.4426950408889634f;
-    const Args args{static_cast<bf16 *>(out), rows, num_heads, num_kv_heads, window,
+    const Args args{static_cast<bf16 *>(out), rows, first_row, num_heads, num_kv_heads, window,
                     log2_e / sqrtf(static_cast<float>(head_dim))};
     switch (head_dim) {
         case 64: return launch<64>(qkv, args, max_rows, stream);

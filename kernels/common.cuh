@@ -53,6 +53,9 @@ int32_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, int threads
     return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 
+// A device integer that says where rows start, or 0.
+__device__ inline int start_of_rows(const int32_t *start) { return start ? *start : 0; }
+
 // 2^x in one instruction; exp2f adds three for subnormal numbers.
 __device__ inline float exp2_fast(float x) {
     float y;

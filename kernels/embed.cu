@@ -15,10 +15,10 @@ struct Stream {
 
 __global__ void __launch_bounds__(kThreads)
     embed_kernel(const Stream stream, const uint32_t *prompt, const uint4 *__restrict__ embedding,
-                 const uint4 *__restrict__ norm, const int32_t *rows, int vectors) {
+                 const uint4 *__restrict__ norm, const int32_t *rows, const int32_t *first_row, int vectors) {
     __shared__ float warp_sums[kThreads / 32];
     if (static_cast<int>(blockIdx.x) >= *rows) return;
-    const size_t from = static_cast<size_t>(prompt[blockIdx.x]) * vectors;
+    const size_t from = static_cast<size_t>(prompt[start_of_rows(first_row) + blockIdx.x]) * vectors;
     const size_t to = static_cast<size_t>(blockIdx.x) * vectors;
     float sum = 0.f;
     for (int i = threadIdx.x; i < vectors; i += kThreads) {
@@ -49,9 +49,11 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 extern "C" int32_t gleaner_embed(float *x, void *scaled, float *squares, const uint32_t *prompt, const void *embedding,
-                                 const void *norm, const int32_t *rows, int32_t max_rows, int32_t width, void *stream) {
+                                 const void *norm, const int32_t *rows, const int32_t *first_row, int32_t max_rows,
+                                 int32_t width, void *stream) {
     const Stream to{reinterpret_cast<float4 *>(x), static_cast<uint4 *>(scaled), squares, GLEANER_SQUARES(width)};
     embed_kernel<<<max_rows, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        to, prompt, static_cast<const uint4 *>(embedding), static_cast<const uint4 *>(norm), rows, width / 8);
+        to, prompt, static_cast<const uint4 *>(embedding), static_cast<const uint4 *>(norm), rows, first_row,
+        width / 8);
     return cudaGetLastError();
 }

@@ -101,7 +101,7 @@ struct SwiGlu {
 struct Rope {
     bf16 *out;
     const float2 *table;  // cosine and sine, [positions, head_dim / 2]
-    const int32_t *row_start;
+    const int32_t *position_start;
     int out_stride, head_dim, rope_columns;
     static constexpr int kWords = 2;
     // The cosines and sines of two pairs: the same for a column of every head.
@@ -110,7 +110,7 @@ struct Rope {
         if (rope_columns == 0) return {};
         const int in_head = column & (head_dim - 1);
         const int pair = in_head / 16 * 8 + in_head % 8;
-        const int position = row + (row_start ? *row_start : 0);
+        const int position = row + start_of_rows(position_start);
         // Read as constants: else each load would wait for the stores before it.
         return __ldg(reinterpret_cast<const float4 *>(table + static_cast<size_t>(position) * (head_dim / 2) + pair));
     }

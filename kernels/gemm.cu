@@ -27,6 +27,7 @@ struct Operands {
     const bf16 *bias;    // [n] or null
     const int32_t *rows;
     const int32_t *row_start;  // first row of a, or null for 0
+    const int32_t *out_start;  // first row of what comes out, or null for 0
     RowNorm norm;              // for all but Residual
     int n, k;
 };
@@ -41,7 +42,7 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(Operands operands, Ep
     extern __shared__ __align__(128) unsigned char shared[];
     const uint32_t base = shared_address(shared);
     const int k = operands.k, n = operands.n;
-    const int row_start = operands.row_start ? *operands.row_start : 0;
+    const int row_start = start_of_rows(operands.row_start), out_start = start_of_rows(operands.out_start);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
     // Each thread copies two pieces of a and two of the weight per stage.
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(Operands operands, Ep
             } else {
                 epilogue.apply(words, column, low, high, loaded[i]);
             }
-            store(epilogue, row, column, words);
+            store(epilogue, out_start + row, column, words);
         }
     }
     if constexpr (kResidual)
@@ -151,10 +152,10 @@ int32_t launch(const Operands &operands, const Epilogue &epilogue, int max_rows,
     return cudaGetLastError();
 }
 
-Operands operands_of(const void *a, const void *weight, const void *bias, const int32_t *rows, const int32_t *row_start,
+Operands operands_of(const void *a, const void *weight, const void *bias, const int32_t *rows, const GleanerStarts &starts,
                      const RowNorm &norm, int32_t n, int32_t k) {
     return {static_cast<const bf16 *>(a), static_cast<const bf16 *>(weight), static_cast<const bf16 *>(bias), rows,
-            row_start, norm, n, k};
+            starts.a, starts.out, norm, n, k};
 }
 
 }  // namespace
@@ -164,20 +165,21 @@ extern "C" int32_t gleaner_gemm_residual(float *x, void *scaled, float *squares,
                                          int32_t n, int32_t k, void *stream) {
     const Residual residual{static_cast<bf16 *>(scaled), x, squares, static_cast<const bf16 *>(norm), n,
                             GLEANER_SQUARES(n)};
-    return launch(operands_of(a, weight, bias, rows, nullptr, {}, n, k), residual, max_rows, stream);
+    return launch(operands_of(a, weight, bias, rows, {}, {}, n, k), residual, max_rows, stream);
 }
 
 extern "C" int32_t gleaner_gemm_swiglu(void *out, const void *a, const float *squares, const void *weight,
                                        const void *bias, const int32_t *rows, int32_t max_rows, int32_t n, int32_t k,
                                        float eps, void *stream) {
     const SwiGlu swiglu{static_cast<bf16 *>(out), n / 2};
-    return launch(operands_of(a, weight, bias, rows, nullptr, row_norm(squares, k, eps), n, k), swiglu, max_rows, stream);
+    return launch(operands_of(a, weight, bias, rows, {}, row_norm(squares, k, eps), n, k), swiglu, max_rows, stream);
 }
 
 extern "C" int32_t gleaner_gemm_rope(void *out, const void *a, const float *squares, const void *weight,
-                                     const void *bias, const void *table, const int32_t *rows, const int32_t *row_start,
+                                     const void *bias, const void *table, const int32_t *rows, GleanerStarts starts,
                                      int32_t max_rows, int32_t n, int32_t k, int32_t head_dim, int32_t rope_columns,
                                      float eps, void *stream) {
-    const Rope rope{static_cast<bf16 *>(out), static_cast<const float2 *>(table), row_start, n, head_dim, rope_columns};
-    return launch(operands_of(a, weight, bias, rows, row_start, row_norm(squares, k, eps), n, k), rope, max_rows, stream);
+    const Rope rope{static_cast<bf16 *>(out), static_cast<const float2 *>(table), starts.position, n, head_dim,
+                    rope_columns};
+    return launch(operands_of(a, weight, bias, rows, starts, row_norm(squares, k, eps), n, k), rope, max_rows, stream);
 }

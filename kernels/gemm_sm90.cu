@@ -79,13 +79,14 @@ struct AddToStream {
     bf16 *scaled;
     float *squares;
     const bf16 *norm, *bias;
-    int slots, n, rows = 0, row_start = 0;
+    int slots, n, rows = 0;
     struct OfTile {
         float square[4] = {};
     };
     struct Loaded {
         uint2 norm, bias;
     };
+    __device__ void start(const Schedule &schedule) { rows = schedule.rows; }
     __device__ static int row_of(int i) { return threadIdx.x % 32 / 8 + i * 4; }
     __device__ OfTile load_tile(int) const { return {}; }
     __device__ Loaded load(int chunk_column) const {
@@ -129,6 +130,7 @@ struct AddToStream {
             if (row + row_of(i) < rows)
                 squares[start_of(row + row_of(i), slots) + slot] = lane % 8 == 0 ? of_tile.square[i] : 0.f;
     }
+    __device__ int side_row(int row) const { return row; }
     __device__ int side_column(int chunk_column) const { return chunk_column; }
 };
 
@@ -152,13 +154,18 @@ struct RotateHeads {
     bf16 *out;
     const bf16 *bias;
     RowNorm norm;
-    int head_dim, rope_columns, n, rows = 0, row_start = 0;
+    GleanerStarts starts;
+    int head_dim, rope_columns, n, rows = 0, row_start = 0, position_start = 0, out_start = 0;
     struct OfTile {
         float factors[2];
     };
     struct Loaded {
         uint2 bias[2];
     };
+    __device__ void start(const Schedule &schedule) {
+        rows = schedule.rows, row_start = schedule.row_start;
+        position_start = start_of_rows(starts.position), out_start = start_of_rows(starts.out);
+    }
     __device__ OfTile load_tile(int row) const {
         OfTile of_tile;
 #pragma unroll
@@ -178,7 +185,7 @@ struct RotateHeads {
             const auto [low, high] = quad_sums(staged, i, of_tile.factors[i], loaded.bias);
             float4 a = load_side(side, quad_row(i), piece), b = load_side(side, quad_row(i), piece + 1);
             if (column >= rope_columns) a = b = {1.f, 0.f, 1.f, 0.f};
-            bf16 *to = out + start_of(row + quad_row(i), n) + column;
+            bf16 *to = out + start_of(out_start + row + quad_row(i), n) + column;
             if (row + quad_row(i) >= rows || column >= n) continue;
             store_four(to, {low.x * a.x - high.x * a.y, low.y * a.z - high.y * a.w, low.z * b.x - high.z * b.y,
                             low.w * b.z - high.w * b.w});
@@ -187,6 +194,7 @@ struct RotateHeads {
         }
     }
     __device__ void finish_tile(int, int, int, OfTile &) const {}
+    __device__ int side_row(int row) const { return position_start + row; }
     __device__ int side_column(int chunk_column) const { return chunk_column & (head_dim - 1); }
 };
 
@@ -272,7 +280,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads<Groups>, 1
     int warps = 0;
     Tiles::with(schedule.tile, [&](auto tile) { warps = tile.m / 16; });
     const Stages stages = make_stages(&a_map, &weight_map, warps);
-    epilogue.rows = schedule.rows, epilogue.row_start = schedule.row_start;
+    epilogue.start(schedule);
     // The roles are the two branches of one condition: what setmaxnreg asks for.
     if (threadIdx.x < 128) {
         give_registers<Groups::kCopyRegisters>();
@@ -280,7 +288,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads<Groups>, 1
             Tiles::with(schedule.tile, [&](auto tile) {
                 using T = decltype(tile);
                 produce<T>(&a_map, &weight_map, schedule, stages, [&](auto &at, int row, int tile_column) {
-                    fill_side<T>(&side_map, epilogue, stages, at, row, tile_column);
+                    fill_side<T>(&side_map, epilogue, stages, at, epilogue.side_row(row), tile_column);
                 });
             });
     } else {
@@ -333,15 +341,16 @@ extern "C" int32_t gleaner_gemm_sm90_residual(float *x, void *scaled, float *squ
 
 extern "C" int32_t gleaner_gemm_sm90_rope(void *out, const void *a, const float *squares, const void *weight,
                                           const void *bias, const void *table, const int32_t *rows,
-                                          const int32_t *row_start, int32_t max_rows, int32_t a_rows, int32_t n,
-                                          int32_t k, int32_t head_dim, int32_t rope_columns, float eps, void *stream) {
+                                          GleanerStarts starts, int32_t max_rows, int32_t a_rows, int32_t positions,
+                                          int32_t n, int32_t k, int32_t head_dim, int32_t rope_columns, float eps,
+                                          void *stream) {
     const RotateHeads epilogue{static_cast<bf16 *>(out),
                                static_cast<const bf16 *>(bias),
                                row_norm(squares, k, eps),
+                               starts,
                                head_dim,
                                rope_columns,
                                n};
-    // Positions are rows of a.
-    return launch(a, a_rows, weight, {rows, row_start, n, k}, max_rows, static_cast<const float *>(table), a_rows, head_dim,
-                  epilogue, stream);
+    return launch(a, a_rows, weight, {rows, starts.a, n, k}, max_rows, static_cast<const float *>(table), positions,
+                  head_dim, epilogue, stream);
 }

@@ -79,7 +79,7 @@ struct Menu {
         ((tile == index++ && (run(Tiles{}), true)) || ...);
     }
     __device__ static Schedule schedule(const Operands &operands) {
-        Schedule schedule{*operands.rows, operands.row_start ? *operands.row_start : 0, divide_up(operands.k, kTileK)};
+        Schedule schedule{*operands.rows, start_of_rows(operands.row_start), divide_up(operands.k, kTileK)};
         schedule.tile = choose(schedule.rows, operands.n, schedule.k_tiles, Schedule::clusters()).tile;
         with(schedule.tile, [&](auto tile) {
             schedule.pairs_m = divide_up(schedule.rows, tile.m * kCluster);
@@ -121,7 +121,7 @@ __device__ void produce(const CUtensorMap *a_map, const CUtensorMap *weight_map,
     const int first = cluster_rank() * kHalf;
     typename T::At at;
     for (int pair = schedule.cluster(); pair < schedule.pairs; pair += schedule.clusters()) {
-        const int row = schedule.row_start + schedule.row<T>(pair), column = schedule.column<T>(pair);
+        const int row = schedule.row<T>(pair), a_row = schedule.row_start + row, column = schedule.column<T>(pair);
 #pragma unroll 1
         for (int k_tile = 0; k_tile < schedule.k_tiles; ++k_tile, at.next()) {
             const uint32_t a = stages.ring + at.stage * T::kStageBytes, weight = a + T::kABytes;
@@ -131,7 +131,7 @@ __device__ void produce(const CUtensorMap *a_map, const CUtensorMap *weight_map,
             barrier_expect(barrier, T::kStageBytes);
 #pragma unroll
             for (int box = 0; box < T::m; box += kABox)
-                copy_box(a + box * kTileK * 2, a_map, row + box, k_tile * kTileK, barrier);
+                copy_box(a + box * kTileK * 2, a_map, a_row + box, k_tile * kTileK, barrier);
 #pragma unroll
             for (int box = first; box < first + kHalf; box += kWeightBox)
                 copy_box_to(weight + box * kTileK * 2, weight_map, column + box, k_tile * kTileK, barrier,

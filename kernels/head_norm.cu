@@ -19,8 +19,8 @@ struct Args {
 __global__ void __launch_bounds__(kThreads) head_norm_kernel(Args args) {
     const int row = blockIdx.x, lane = threadIdx.x % 32;
     if (row >= *args.rows) return;
-    const int x_row = row + (args.first_row ? *args.first_row : 0);
-    const int position = x_row + (args.row_start ? *args.row_start : 0);
+    const int x_row = row + start_of_rows(args.first_row);
+    const int position = x_row + start_of_rows(args.row_start);
     const int pairs = args.head_dim / 2;
     const float2 *angles = args.table + static_cast<size_t>(position) * pairs;
     for (int head = threadIdx.x / 32; head < args.heads; head += kThreads / 32) {

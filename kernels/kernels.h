@@ -25,10 +25,11 @@ const char *gleaner_error_string(int32_t status);
 #define GLEANER_SQUARES(width) \
     (((width) + GLEANER_SQUARES_COLUMNS - 1) / GLEANER_SQUARES_COLUMNS * GLEANER_SQUARES_SLOTS)
 
-// Of each row of a prompt, its row of embedding [*, width]; norm, bf16 [width]: weights of the norm that comes next. rows: a
-// device integer of at most max_rows.
+// Of each token of a prompt from first_row on, its row of embedding [*, width]; norm, bf16 [width]: weights of the norm that
+// comes next. rows: a device integer of at most max_rows. first_row: device integer, or null for 0.
 int32_t gleaner_embed(float *x, void *scaled, float *squares, const uint32_t *prompt, const void *embedding,
-                      const void *norm, const int32_t *rows, int32_t max_rows, int32_t width, void *stream);
+                      const void *norm, const int32_t *rows, const int32_t *first_row, int32_t max_rows, int32_t width,
+                      void *stream);
 
 // Linear layers: weight [n, k], bias [n] or null, a [rows, k], all bf16; n a multiple of 16, k of 8. rows is a device
 // integer of at most max_rows; rows beyond it are neither read nor written.
@@ -43,25 +44,30 @@ int32_t gleaner_gemm_residual(float *x, void *scaled, float *squares, const void
 int32_t gleaner_gemm_swiglu(void *out, const void *a, const float *squares, const void *weight, const void *bias,
                             const int32_t *rows, int32_t max_rows, int32_t n, int32_t k, float eps, void *stream);
 
-// out [rows, n] = norm(a)[row_start..] weight^T + bias, a and squares as above, the heads in the columns below rope_columns
-// rotated by their position, row_start + row. Dimensions of such heads come as 8 of the lower half, 8 of the upper, and so
-// on, in weight, bias and out; head_dim is a power of two, at least 32. table: float2 (cosine, sine) [positions, head_dim / 2].
-// row_start: device integer, or null for 0.
+// Where the rows of a product lie: the first of them in a, in the table of positions, in out. Device integers, or null for 0.
+typedef struct {
+    const int32_t *a, *position, *out;
+} GleanerStarts;
+
+// out [starts.out..] = norm(a)[starts.a..] weight^T + bias, a and squares as above, the heads in the columns below
+// rope_columns rotated by their position, starts.position + row. Dimensions of such heads come as 8 of the lower half, 8 of
+// the upper, and so on, in weight, bias and out; head_dim is a power of two, at least 32. table: float2 (cosine, sine)
+// [positions, head_dim / 2].
 int32_t gleaner_gemm_rope(void *out, const void *a, const float *squares, const void *weight, const void *bias,
-                          const void *table, const int32_t *rows, const int32_t *row_start, int32_t max_rows, int32_t n,
+                          const void *table, const int32_t *rows, GleanerStarts starts, int32_t max_rows, int32_t n,
                           int32_t k, int32_t head_dim, int32_t rope_columns, float eps, void *stream);
 
 // The same three for Hopper (compute capability 9.0 alone), which may read dead rows: a and x hold max_rows rows. For rope it
-// is a_rows that a holds, and positions of the table, which is read whether or not heads are rotated.
+// is a_rows that a holds, and the table `positions`; it is read whether or not heads are rotated.
 int32_t gleaner_gemm_sm90_residual(float *x, void *scaled, float *squares, const void *a, const void *weight,
                                    const void *bias, const void *norm, const int32_t *rows, int32_t max_rows, int32_t n,
                                    int32_t k, void *stream);
 int32_t gleaner_gemm_sm90_swiglu(void *out, const void *a, const float *squares, const void *weight, const void *bias,
                                  const int32_t *rows, int32_t max_rows, int32_t n, int32_t k, float eps, void *stream);
 int32_t gleaner_gemm_sm90_rope(void *out, const void *a, const float *squares, const void *weight, const void *bias,
-                               const void *table, const int32_t *rows, const int32_t *row_start, int32_t max_rows,
-                               int32_t a_rows, int32_t n, int32_t k, int32_t head_dim, int32_t rope_columns, float eps,
-                               void *stream);
+                               const void *table, const int32_t *rows, GleanerStarts starts, int32_t max_rows,
+                               int32_t a_rows, int32_t positions, int32_t n, int32_t k, int32_t head_dim,
+                               int32_t rope_columns, float eps, void *stream);
 
 // The same for one row. Where there is a norm [k], it is applied to x, fp32 [k], and what comes of it is not rounded.
 
@@ -96,23 +102,31 @@ int32_t gleaner_decode_attention(void *out, float *parts, int32_t *done, const v
                                  int32_t max_rows, int32_t splits, int32_t num_heads, int32_t num_kv_heads,
                                  int32_t head_dim, int32_t window, void *stream);
 
-// out [rows, num_heads * head_dim] = softmax(q k^T / sqrt(head_dim)) v, causal; qkv [rows, (num_heads + 2 *
-// num_kv_heads) * head_dim], bf16. head_dim 64 or 128. window: keys a row may attend to, itself included; 0 for all.
-int32_t gleaner_attention(void *out, const void *qkv, const int32_t *rows, int32_t max_rows, int32_t num_heads,
-                          int32_t num_kv_heads, int32_t head_dim, int32_t window, void *stream);
+// out [rows - first_row, num_heads * head_dim] = softmax(q k^T / sqrt(head_dim)) v of the rows from first_row on, causal; qkv
+// [rows, (num_heads + 2 * num_kv_heads) * head_dim], bf16. head_dim 64 or 128. window: keys a row may attend to, itself
+// included; 0 for all. first_row: a device integer, a multiple of GLEANER_ROW_BLOCK, or null for 0.
+int32_t gleaner_attention(void *out, const void *qkv, const int32_t *rows, const int32_t *first_row, int32_t max_rows,
+                          int32_t num_heads, int32_t num_kv_heads, int32_t head_dim, int32_t window, void *stream);
 
 // The same on compute capability 9.0.
-int32_t gleaner_attention_sm90(void *out, const void *qkv, const int32_t *rows, int32_t max_rows, int32_t num_heads,
-                               int32_t num_kv_heads, int32_t head_dim, int32_t window, void *stream);
+int32_t gleaner_attention_sm90(void *out, const void *qkv, const int32_t *rows, const int32_t *first_row,
+                               int32_t max_rows, int32_t num_heads, int32_t num_kv_heads, int32_t head_dim,
+                               int32_t window, void *stream);
+
+// Rows that attention takes together: a row's result is the same whichever of these blocks are computed.
+#define GLEANER_ROW_BLOCK 128
 
 // Where the reading of a document stands.
 typedef struct {
     int32_t chunk;              // of the prompt that lies ready
     int32_t tokens;             // of that prompt; 0: nothing is left to do
+    int32_t first_row;          // tokens before it are those of the step before, and so are their keys and values
+    int32_t rows;               // tokens from there on: what the step computes
     int32_t context_tokens;
     int32_t context_sentences;
     int32_t question_offset;    // tokens between the context and the first question row
-    int32_t question_start;     // the first question row
+    int32_t question_start;     // the first question row, as a token of the prompt
+    int32_t question_row;       // the same, of the rows that are computed
     int32_t question_rows;
     int32_t kept;               // sentences
     int32_t kept_tokens;
@@ -146,6 +160,7 @@ typedef struct {
     int32_t tokens, context_tokens;
     int32_t selected;   // entries in its log
     int32_t kept_tokens;
+    int32_t first_row;  // as in the state
 } GleanerStep;
 
 // What the steps of a document share, on the device; arrays have max_tokens elements where nothing else is said.
@@ -161,6 +176,7 @@ typedef struct {
     GleanerStep *step_log;  // [chunks]
     int32_t max_tokens;
     int32_t max_log;        // at least topk, or max_tokens
+    int32_t reuses;         // whether keys and values of the step before are there: else each step computes all rows
 } GleanerLoop;
 
 // Clears the state and writes the first step's prompt.

@@ -95,21 +95,26 @@ __device__ void fetch(const uint32_t *words, int count) {
 }
 
 // Writes the prompt of step `index`: prefix, kept sentences, its chunk, tail. The kept ones are the first of
-// loop.sentences, of `kept_tokens` together.
+// loop.sentences, of `kept_tokens` together. Its first `same_tokens` are those of the step before.
 __device__ void assemble(Sums &sums, const GleanerPlan &plan, const GleanerLoop &loop, int index, const Chunk &chunk,
-                         int kept, int kept_tokens) {
+                         int kept, int kept_tokens, int same_tokens) {
     const int sentences = kept + chunk.sentences, context_tokens = kept_tokens + chunk.tokens;
     const int tokens = plan.prefix_len + context_tokens + plan.tail_len;
     const bool fits = tokens <= loop.max_tokens;
     if (threadIdx.x == 0) {
         GleanerState &state = *loop.state;
         state.chunk = index;
+        const int first_row = fits && loop.reuses ? same_tokens / GLEANER_ROW_BLOCK * GLEANER_ROW_BLOCK : 0;
+        const int question_start = plan.prefix_len + context_tokens + plan.question_start;
         state.tokens = fits ? tokens : 0;
+        state.first_row = first_row;
+        state.rows = fits ? tokens - first_row : 0;
         state.context_tokens = context_tokens;
         state.context_sentences = sentences;
         state.question_offset = plan.question_start;
         // Of a prompt that does not fit nothing is read: a recorded step goes on to the products of these rows.
-        state.question_start = fits ? plan.prefix_len + context_tokens + plan.question_start : 0;
+        state.question_start = fits ? question_start : 0;
+        state.question_row = fits ? question_start - first_row : 0;
         state.question_rows = fits ? plan.tail_len - plan.question_start : 0;
         if (!fits) state.error |= GLEANER_ERROR_CAPACITY;
     }
@@ -202,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, 1) start_kernel(GleanerPlan plan, Gl
     if (threadIdx.x == 0) *loop.state = GleanerState{};
     __syncthreads();
     Sums sums{shared};
-    assemble(sums, plan, loop, 0, chunk_at(plan, 0), 0, 0);
+    assemble(sums, plan, loop, 0, chunk_at(plan, 0), 0, 0, 0);
 }
 
 __global__ void __launch_bounds__(kThreads, 1) select_kernel(GleanerPlan plan, GleanerLoop loop) {
@@ -293,6 +298,8 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(GleanerPlan plan, G
     Cut capacity{0, 0, 0};
     if (too_many) capacity = cut(sums, sentences, plan.max_retained, key_of, length_of);
 
+    // Before the first sentence that goes, all keep their places, and their keys and values are those of the next step.
+    int own_same_tokens = 0;
     int kept = 0, dropped = 0;
     own_tokens = 0;
     for (int base = 0, tied_before = 0; base < sentences; base += kThreads) {
@@ -312,6 +319,7 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(GleanerPlan plan, G
         const int before = sums.before(stays | selected << 16, totals);
         if (stays) loop.sentences[kept + (before & 0xffff)] = own.sentence;
         if (stays) own_tokens += own.length;
+        if (stays && kept + (before & 0xffff) == i) own_same_tokens += own.length;
         if (selected) {
             const size_t at = static_cast<size_t>(state.chunk) * loop.max_log + kept + dropped + (before >> 16);
             loop.log[at] = {own.sentence, stays ? 1u : 0u, __uint_as_float(key_of(i))};
@@ -320,16 +328,17 @@ __global__ void __launch_bounds__(kThreads, 1) select_kernel(GleanerPlan plan, G
         dropped += (totals >> 16) - (totals & 0xffff);
     }
     if (too_many) kept_tokens = sums.total(own_tokens);
+    const int same_tokens = plan.prefix_len + sums.total(own_same_tokens);
     if (threadIdx.x == 0) {
         loop.state->kept = kept;
         loop.state->kept_tokens = kept_tokens;
         loop.state->dropped_for_capacity += dropped;
         if (invalid) loop.state->error |= GLEANER_ERROR_NOT_FINITE;
-        loop.state->tokens = 0;
-        loop.step_log[state.chunk] = {state.tokens, count, kept + dropped, kept_tokens};
+        loop.state->tokens = loop.state->rows = loop.state->question_rows = 0;
+        loop.step_log[state.chunk] = {state.tokens, count, kept + dropped, kept_tokens, state.first_row};
     }
     __syncthreads();
-    if (!ends && !invalid) assemble(sums, plan, loop, state.chunk + 1, next, kept, kept_tokens);
+    if (!ends && !invalid) assemble(sums, plan, loop, state.chunk + 1, next, kept, kept_tokens, same_tokens);
 }
 
 }  // namespace

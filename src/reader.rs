@@ -61,6 +61,11 @@ pub trait Reader: Send + Sync {
     /// same to the bit. A CPU has no graphs: each operation lies in its range as it is.
     fn set_graphs(&mut self, graphs: bool);
 
+    /// Whether a step takes keys and values of the tokens that its prompt begins with from the step before, as far as the
+    /// two begin alike, as a GPU does unless told otherwise: a causal model has no others for them. The results are the same to
+    /// the bit. A CPU computes all tokens of each step.
+    fn set_reuse(&mut self, reuse: bool);
+
     /// The memory that a document and its answer take.
     fn memory(&self, request: &MemoryRequest) -> Memory;
 
@@ -134,6 +139,8 @@ pub struct StepReport {
     pub steps: usize,
     /// Tokens of the whole prompt.
     pub tokens: usize,
+    /// Of them, from the first on, those whose keys and values the step before had left, so that they were not computed again.
+    pub reused_tokens: usize,
     /// Tokens of its context.
     pub context_tokens: usize,
     /// Tokens that stay.

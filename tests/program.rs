@@ -302,17 +302,17 @@ fn info_shows_model_device_memory_and_build() {
 
 #[test]
 fn bench_measures_the_bundled_model_on_the_cpu() {
-    let bench = |tokens: &str, lengths: &str, extra: &[&str]| {
+    let bench = |lengths: &str, document: &[&str]| {
         let output = Command::new(env!("CARGO_BIN_EXE_gleaner"))
-            .args(["bench", "--device", "cpu", "--window", "256", "--retained", "128", "--new-tokens", "4"])
-            .args(["--tokens", tokens, "--lengths", lengths])
-            .args(extra)
+            .args(["bench", "--device", "cpu", "--window", "256", "--new-tokens", "4", "--lengths", lengths])
+            .args(document)
             .output()
             .unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).unwrap()
     };
-    let report: Value = serde_json::from_str(&bench("3000", "300", &["--json"])).unwrap();
+    let report: Value =
+        serde_json::from_str(&bench("300", &["--tokens", "3000", "--retained", "128", "--json"])).unwrap();
     let positive =
         |value: &Value, what: &str| assert!(value.as_f64().is_some_and(|value| value > 0.0), "{what}: {value}");
     let steps = report["steps"].as_array().unwrap();
@@ -332,6 +332,11 @@ fn bench_measures_the_bundled_model_on_the_cpu() {
     let step_tokens = report["document"]["mean_step_tokens"].as_f64().unwrap();
     assert!((256.0..=70.0 + 128.0 + 256.0).contains(&step_tokens), "{step_tokens}");
     positive(&report["document"]["tokens_per_second"], "document");
+    assert_eq!(
+        report["document"]["mean_computed_tokens"], report["document"]["mean_step_tokens"],
+        "a CPU computes all"
+    );
+    assert!(report["document"]["seconds_without_reuse"].is_null());
     assert_eq!(report["answer"]["prompt_tokens"], 70 + 128);
     positive(&report["answer"]["prefill_ms"], "prefill");
     assert_eq!(report["answer"]["new_tokens"], 4);
@@ -340,8 +345,17 @@ fn bench_measures_the_bundled_model_on_the_cpu() {
     positive(&report["workspace_bytes"], "workspace");
     assert_eq!(report["notes"].as_array().unwrap().len(), 0);
 
-    let table = bench("300", "278", &[]);
+    let table = bench("278", &["--tokens", "300", "--retained", "128"]);
     for word in ["15.7M parameters", "step tokens", "document", "prefill", "decode", "tokenizer"] {
         assert!(table.contains(word), "{word:?} is not in: {table}");
     }
+
+    let folder = tempfile::tempdir().unwrap();
+    let text = folder.path().join("text.txt");
+    std::fs::write(&text, "A short text. It says little, and in few words.\n".repeat(60)).unwrap();
+    let report: Value =
+        serde_json::from_str(&bench("278", &["--retained", "128", "--doc", text.to_str().unwrap(), "--json"])).unwrap();
+    let tokens = report["document"]["tokens"].as_u64().unwrap();
+    assert!((500..1500).contains(&tokens), "{tokens}");
+    assert_eq!(report["document"]["steps"].as_u64().unwrap(), tokens.div_ceil(256), "chunks of up to 256");
 }

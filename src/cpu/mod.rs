@@ -199,6 +199,7 @@ impl CpuReader {
                 step,
                 steps: plan.chunks(),
                 tokens: prompt.tokens.len(),
+                reused_tokens: 0,
                 context_tokens: prompt.context.len(),
                 retained_tokens: gleaned.kept.iter().map(|kept| plan.sentence_len(kept.sentence)).sum(),
                 kept: gleaned.kept.clone(),
@@ -292,6 +293,8 @@ impl Reader for CpuReader {
     }
 
     fn set_graphs(&mut self, _: bool) {}
+
+    fn set_reuse(&mut self, _: bool) {}
 
     fn memory(&self, request: &MemoryRequest) -> Memory {
         let PlanShape { max_step_tokens, question_rows, .. } = request.plan;

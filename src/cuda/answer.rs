@@ -9,7 +9,7 @@ use cudarc::driver::{CudaSlice, CudaStream};
 use half::bf16;
 
 use super::device::{Allocator, driver_error};
-use super::forward::Forward;
+use super::forward::{Forward, Live};
 use super::memory::{self, AnswerSizes};
 use super::ops::{AttentionParts, Heads, NO_TOKEN, Rows, Sent, answer, sampling_words};
 use super::record::Recorded;
@@ -114,10 +114,10 @@ impl Answering {
         device.upload_into(WHAT, &sampling_words(sampling), &mut self.sampling)?;
         device.upload_into(WHAT, prompt, &mut self.tokens)?;
         device.pass(Stage::Prefill, Some(prompt.len()), || {
-            let rows = Rows { ints: &self.counts, index: 0, max: prompt.len() };
-            forward.embed(&mut self.prompt, &self.tokens, rows)?;
+            let live = Live::all(Rows { ints: &self.counts, index: 0, max: prompt.len() });
+            forward.embed(&mut self.prompt, &self.tokens, live)?;
             for (index, cache) in self.caches.iter_mut().enumerate() {
-                forward.layer(index, &mut self.prompt, cache, rows)?;
+                forward.layer(index, &mut self.prompt, cache, live)?;
             }
             let hidden = forward.config.hidden_size;
             let last_row = self.prompt.residual.x.slice((prompt.len() - 1) * hidden..prompt.len() * hidden);

@@ -6,11 +6,34 @@ use half::bf16;
 use super::CudaDevice;
 use super::answer::Answering;
 use super::model::{DeviceLayer, DeviceModel};
-use super::ops::{Heads, Logits, Norm, Normed, Rotation, Rows, Sampled, Shift, answer};
+use super::ops::{Heads, Logits, Norm, Normed, Rotation, Rows, Sampled, Shift, Starts, answer};
 use super::workspace::{Activations, Workspace};
 use crate::Result;
 use crate::model::Config;
 use crate::range::range;
+
+/// The rows that a pass computes: those of a prompt from some token on.
+#[derive(Clone, Copy)]
+pub struct Live<'a> {
+    /// Of the prompt.
+    pub tokens: Rows<'a>,
+    /// Of them computed, in the first rows of the activations.
+    pub rows: Rows<'a>,
+    /// The token of the first; `None` for 0.
+    pub first: Option<Shift<'a>>,
+}
+
+impl<'a> Live<'a> {
+    /// All of a prompt.
+    pub fn all(tokens: Rows<'a>) -> Live<'a> {
+        Live { tokens, rows: tokens, first: None }
+    }
+
+    /// Where its keys and values lie: by their positions.
+    fn starts(self) -> Starts<'a> {
+        Starts { input: None, position: self.first, out: self.first }
+    }
+}
 
 /// What every pass needs.
 #[derive(Clone, Copy)]
@@ -21,14 +44,14 @@ pub struct Forward<'a> {
 }
 
 impl Forward<'_> {
-    /// Queries, keys and values of all rows, into `qkv`.
-    fn project(&self, layer: &DeviceLayer, a: &mut Activations, qkv: &mut CudaSlice<bf16>, rows: Rows) -> Result<()> {
+    /// Queries, keys and values of the live rows, into `qkv` from their first one on.
+    fn project(&self, layer: &DeviceLayer, a: &mut Activations, qkv: &mut CudaSlice<bf16>, live: Live) -> Result<()> {
         let Forward { device, config, .. } = *self;
         let Heads { q, kv, dim, .. } = layer.heads;
         let columns = if layer.head_norms.is_some() { 0 } else { (q + kv) * dim };
         let rotation = Rotation { table: &a.rope, head_dim: dim, columns };
         let input = Normed { residual: &a.residual, eps: config.rms_norm_eps };
-        device.gemm_rope(qkv, input, &layer.qkv, rotation, rows, None)?;
+        device.gemm_rope(qkv, input, &layer.qkv, rotation, live.rows, live.starts())?;
         match &layer.head_norms {
             Some(norms) => device.head_norm(
                 qkv,
@@ -36,8 +59,8 @@ impl Forward<'_> {
                 rotation,
                 (q, kv),
                 layer.heads.qkv_columns(),
-                rows,
-                None,
+                live.rows,
+                live.first,
                 None,
                 config.rms_norm_eps,
             ),
@@ -45,40 +68,43 @@ impl Forward<'_> {
         }
     }
 
-    /// The whole layer of this index over the rows of the residual stream.
-    pub fn layer(&self, index: usize, a: &mut Activations, qkv: &mut CudaSlice<bf16>, rows: Rows) -> Result<()> {
+    /// The whole layer of this index over the rows of the residual stream. `qkv` has keys and values of what comes before.
+    pub fn layer(&self, index: usize, a: &mut Activations, qkv: &mut CudaSlice<bf16>, live: Live) -> Result<()> {
         let Forward { device, weights, config } = *self;
         let _layer = range!("layer {index}");
         let layer = &weights.layers[index];
         let next_norm = weights.layers.get(index + 1).map_or(&weights.norm, |next| &next.input_layernorm);
-        self.project(layer, a, qkv, rows)?;
-        device.attention(&mut a.attended, qkv, layer.heads, rows)?;
+        let rows = live.rows;
+        self.project(layer, a, qkv, live)?;
+        device.attention(&mut a.attended, qkv, layer.heads, live.tokens, live.first)?;
         device.gemm_residual(&mut a.residual, &a.attended, &layer.o_proj, &layer.post_attention_layernorm, rows)?;
         let input = Normed { residual: &a.residual, eps: config.rms_norm_eps };
         device.gemm_swiglu(&mut a.h, input, &layer.gate_up, rows)?;
         device.gemm_residual(&mut a.residual, &a.h, &layer.down_proj, next_norm, rows)
     }
 
-    /// The residual stream of a prompt.
-    pub fn embed(&self, a: &mut Activations, prompt: &CudaSlice<u32>, rows: Rows) -> Result<()> {
+    /// The residual stream of a prompt's live rows.
+    pub fn embed(&self, a: &mut Activations, prompt: &CudaSlice<u32>, live: Live) -> Result<()> {
         let Forward { device, weights, config } = *self;
         let norm = &weights.layers[0].input_layernorm;
-        device.embed(&mut a.residual, prompt, &weights.embed_tokens, norm, rows, config.hidden_size)
+        device.embed(&mut a.residual, prompt, &weights.embed_tokens, norm, live.rows, live.first, config.hidden_size)
     }
 
     /// One reading step: the prompt that lies ready, up to the next one.
     pub fn step(&self, workspace: &mut Workspace) -> Result<()> {
         let Forward { device, weights, config } = *self;
         let Workspace { activations: a, qkv, q, k, steps, plan, .. } = workspace;
-        self.embed(a, steps.prompt(), steps.rows())?;
-        let (last, layers) = weights.layers.split_last().expect("a checked configuration has layers");
-        for index in 0..layers.len() {
-            self.layer(index, a, qkv, steps.rows())?;
+        let live = Live { tokens: steps.tokens(), rows: steps.rows(), first: Some(steps.first_row()) };
+        self.embed(a, steps.prompt(), live)?;
+        for (index, qkv) in qkv.iter_mut().enumerate() {
+            self.layer(index, a, qkv, live)?;
         }
-        let _layer = range!("layer {}", layers.len());
+        let last = weights.layers.last().expect("a checked configuration has layers");
+        let _layer = range!("layer {}", weights.layers.len() - 1);
         let eps = config.rms_norm_eps;
         let input = Normed { residual: &a.residual, eps };
-        let (question, first) = (steps.question_rows(), Some(steps.question_start()));
+        let (question, position) = (steps.question_rows(), Some(steps.question_start()));
+        let of_question = Starts { input: Some(steps.question_row()), position, out: None };
         let Heads { q: q_heads, kv, dim, .. } = last.heads;
         let rotation = |columns| Rotation {
             table: &a.rope,
@@ -86,11 +112,11 @@ impl Forward<'_> {
             columns: if last.head_norms.is_some() { 0 } else { columns },
         };
         let scoring = &weights.scoring;
-        device.gemm_rope(k, input, &scoring.k_proj, rotation(kv * dim), steps.rows(), None)?;
-        device.gemm_rope(q, input, &scoring.q_proj, rotation(q_heads * dim), question, first)?;
+        device.gemm_rope(k, input, &scoring.k_proj, rotation(kv * dim), live.rows, live.starts())?;
+        device.gemm_rope(q, input, &scoring.q_proj, rotation(q_heads * dim), question, of_question)?;
         if let Some(norms) = &last.head_norms {
-            device.head_norm(k, norms, rotation(0), (0, kv), kv * dim, steps.rows(), None, None, eps)?;
-            device.head_norm(q, norms, rotation(0), (q_heads, 0), q_heads * dim, question, None, first, eps)?;
+            device.head_norm(k, norms, rotation(0), (0, kv), kv * dim, live.rows, live.first, None, eps)?;
+            device.head_norm(q, norms, rotation(0), (q_heads, 0), q_heads * dim, question, None, position, eps)?;
         }
         device.question_scores(steps, q, k, last.heads)?;
         device.select(steps, plan)

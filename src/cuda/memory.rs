@@ -11,10 +11,10 @@ const HALF: usize = 2;
 const WORD: usize = 4;
 const DOUBLE: usize = 8;
 
-/// 32-bit integers of a `GleanerState`, with one more that aligns what follows it to 16 bytes; and those of a
+/// 32-bit integers of a `GleanerState`, with two more that align what follows it to 16 bytes; and those of a
 /// `GleanerStep` and a `GleanerSelected` in kernels.h.
-pub const STATE_WORDS: usize = 12;
-pub const STEP_WORDS: usize = 4;
+pub const STATE_WORDS: usize = 16;
+pub const STEP_WORDS: usize = 5;
 pub const SELECTED_WORDS: usize = 3;
 
 /// Parts that the keys are cut into where one new row attends to them.
@@ -153,8 +153,10 @@ impl PlanSizes {
 #[repr(C)]
 pub struct ReadSizes {
     pub activations: ActivationSizes,
-    /// Queries, keys and values of all rows.
+    /// Queries, keys and values of all rows, in each layer but the last.
     pub qkv: usize,
+    /// How many layers these are.
+    pub layers: usize,
     /// The last layer's queries of the question rows, and its keys of all rows.
     pub q: usize,
     pub k: usize,
@@ -168,6 +170,7 @@ impl ReadSizes {
         ReadSizes {
             activations: ActivationSizes::new(config, rows, rows),
             qkv: rows * (config.q_dim() + 2 * config.kv_dim()),
+            layers: config.num_hidden_layers - 1,
             q: shape.question_rows * config.q_dim(),
             k: rows * config.kv_dim(),
             steps: StepSizes::new(shape, config.num_attention_heads),
@@ -176,14 +179,19 @@ impl ReadSizes {
     }
 
     /// The bytes of it all, by what they are for.
-    pub fn parts(&self) -> [(&'static str, u64); 3] {
+    pub fn parts(&self) -> [(&'static str, u64); 4] {
         let StepSizes { tokens, logits, row_stats, block_stats, done, head_sums, row_weights, journal } = self.steps;
-        let activations = self.activations.bytes() + HALF * self.qkv;
+        let keys_and_values = HALF * self.qkv * self.layers;
         let stats = row_stats + block_stats + done;
         let scoring =
             HALF * (self.q + self.k) + (5 * WORD + DOUBLE) * tokens + WORD * (logits + stats + head_sums + row_weights);
         let plan = WORD * (journal + lens(&self.plan).iter().sum::<usize>());
-        [(ACTIVATIONS, activations as u64), (SCORING, scoring as u64), (PLAN, plan as u64)]
+        [
+            (ACTIVATIONS, self.activations.bytes() as u64),
+            (KEYS, keys_and_values as u64),
+            (SCORING, scoring as u64),
+            (PLAN, plan as u64),
+        ]
     }
 
     /// The bytes of it all.
@@ -208,6 +216,7 @@ impl ReadSizes {
 }
 
 const ACTIVATIONS: &str = "activations";
+const KEYS: &str = "keys and values";
 const SCORING: &str = "scoring";
 const PLAN: &str = "plan and log";
 
@@ -346,12 +355,13 @@ mod tests {
         // Of a row, of eight blocks of keys, and one count for 16 rows.
         let stats = 14 * 20 * 8 + 14 * 20 * 8 * 8 + 14 * 2 * 4;
         let (head_sums, row_weights) = (20 * 999 * 4, 20 * 4);
-        let state = 12 * 4;
-        let logs = 7 * 16 + 7 * 300 * 12;
+        let state = 16 * 4;
+        let logs = 7 * 20 + 7 * 300 * 12;
         let tables = (6000 + 401 + 8 + 1 + 30) * 4;
         let parts = ReadSizes::new(&qwen(), &shape).parts().map(|(_, bytes)| bytes);
         let scoring = q + k + by_token + logits + stats + head_sums + row_weights;
-        assert_eq!(parts, [x_and_scaled + squares + attended + h + rope + qkv, scoring, state + logs + tables]);
+        let activations = x_and_scaled + squares + attended + h + rope;
+        assert_eq!(parts, [activations, 23 * qkv, scoring, state + logs + tables]);
     }
 
     #[test]

@@ -31,6 +31,7 @@ pub struct CudaReader {
     name: String,
     counters: Arc<Counters>,
     graphs: bool,
+    reuse: bool,
 }
 
 /// What was allocated last goes first.
@@ -99,7 +100,7 @@ impl CudaReader {
         let weights = device.load(&model)?;
         let counters = device.counters();
         let gpu = Mutex::new(Gpu { workspace: None, answering: None, weights, device });
-        Ok(CudaReader { model, gpu, name, counters, graphs: true })
+        Ok(CudaReader { model, gpu, name, counters, graphs: true, reuse: true })
     }
 
     /// What has travelled between host and GPU since the device was opened, the weights included. It can be asked while
@@ -128,7 +129,7 @@ impl CudaReader {
             Detail::Scores => Some(ScoreLog::new(device, plan)?),
         };
         workspace.plan.upload(device, plan)?;
-        workspace.steps.prepare(plan, self.heads())?;
+        workspace.steps.prepare(plan, self.heads(), self.reuse)?;
         device.pass(Stage::Read, Some(0), || device.start(&mut workspace.steps, &workspace.plan))?;
         let mut run = |workspace: &mut Workspace, step: usize, graph: Option<&Recorded>| {
             let _step = range!("step {step}");
@@ -150,7 +151,7 @@ impl CudaReader {
             run(workspace, step, graph.as_ref())?;
         }
         let log = workspace.steps.read_back(device)?;
-        let context_tokens = log.steps.iter().map(|&(_, context_tokens, _)| context_tokens);
+        let context_tokens = log.steps.iter().map(|step| step.context_tokens);
         let scores = score_log.map(|scores| scores.read_back(device, context_tokens)).transpose()?;
         Ok((log, scores.unwrap_or_default()))
     }
@@ -214,9 +215,7 @@ impl Reader for CudaReader {
         let (log, mut scores) = self.read_on(&mut self.lock(), plan, detail, self.graphs)?;
 
         let mut gleaned = Gleaned { kept: Vec::new(), dropped_for_capacity: log.dropped_for_capacity };
-        for (step, (&(tokens, context_tokens, retained_tokens), selected)) in
-            log.steps.iter().zip(&log.selected).enumerate()
-        {
+        for (step, (counts, selected)) in log.steps.iter().zip(&log.selected).enumerate() {
             let context = gleaned.kept.iter().map(|kept| kept.sentence).chain(plan.chunk(step));
             let dropped =
                 context.filter_map(|sentence| match selected.binary_search_by_key(&sentence, |entry| entry.0) {
@@ -230,9 +229,10 @@ impl Reader for CudaReader {
             let report = StepReport {
                 step,
                 steps: plan.chunks(),
-                tokens,
-                context_tokens,
-                retained_tokens,
+                tokens: counts.tokens,
+                reused_tokens: counts.reused_tokens,
+                context_tokens: counts.context_tokens,
+                retained_tokens: counts.kept_tokens,
                 kept: gleaned.kept.clone(),
                 dropped,
                 top_tokens: Vec::new(),
@@ -265,12 +265,15 @@ impl Reader for CudaReader {
         });
         let timer = gpu.device.stop_timer();
         let log = log?;
-        let step_tokens: Vec<usize> = log.steps.iter().map(|step| step.0).collect();
-        Ok(timer.expect("it was started").profile(&step_tokens))
+        Ok(timer.expect("it was started").profile(&log.steps))
     }
 
     fn set_graphs(&mut self, graphs: bool) {
         self.graphs = graphs;
+    }
+
+    fn set_reuse(&mut self, reuse: bool) {
+        self.reuse = reuse;
     }
 
     /// The buffers of both are kept, so that an answer's come on top of a document's.

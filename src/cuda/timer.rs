@@ -12,7 +12,7 @@ use cudarc::driver::{CudaEvent, DriverError};
 
 use super::CudaDevice;
 use super::device::driver_error;
-use super::ops::Gate;
+use super::ops::{Gate, StepCounts};
 use crate::range::{Range, range};
 use crate::timings::{Profile, Stage, Totals, Work};
 use crate::{Error, Result};
@@ -115,18 +115,24 @@ impl Timer {
         Ok(())
     }
 
-    /// What was timed; `step_tokens` are the lengths of the reading steps.
-    pub(super) fn profile(self, step_tokens: &[usize]) -> Profile {
-        let mut steps = step_tokens.iter();
-        let lengths: Vec<usize> =
-            self.passes.iter().map(|(_, tokens)| tokens.or_else(|| steps.next().copied()).unwrap_or(0)).collect();
+    /// What was timed; `steps` are the reading steps.
+    pub(super) fn profile(self, steps: &[StepCounts]) -> Profile {
+        let mut steps = steps.iter();
+        // Rows that are computed, and those before them.
+        let of_step = |step: &StepCounts| (step.tokens - step.reused_tokens, step.reused_tokens);
+        let lengths: Vec<(usize, usize)> = self
+            .passes
+            .iter()
+            .map(|(_, tokens)| tokens.map(|tokens| (tokens, 0)).or_else(|| steps.next().map(of_step)).unwrap_or((0, 0)))
+            .collect();
         let mut totals = Totals::default();
         for Launch { kernel, pass, ms } in self.launches {
             let Kernel { name, role, max_rows, work } = self.kernels[kernel];
-            // Question rows are fewer than a step's tokens, and all of them live.
-            let rows = lengths[pass].min(max_rows);
+            // Question rows are fewer than those computed, and all of them live.
+            let (rows, before) = (lengths[pass].0.min(max_rows), lengths[pass].1);
             let name = [name, role].join(" ");
-            totals.add(self.passes[pass].0, name.trim_end(), ms.into(), work.bytes(rows), work.flops(rows));
+            let (bytes, flops) = (work.bytes(rows, before), work.flops(rows, before));
+            totals.add(self.passes[pass].0, name.trim_end(), ms.into(), bytes, flops);
         }
         Profile { operations: totals.into_operations(), empty_launch_us: Some(self.empty_launch_us) }
     }

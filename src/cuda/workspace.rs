@@ -49,8 +49,9 @@ impl Activations {
 pub struct Workspace {
     sizes: ReadSizes,
     pub activations: Activations,
-    /// `[rows, (num_attention_heads + 2 num_key_value_heads) * head_dim]`
-    pub qkv: CudaSlice<bf16>,
+    /// Of each layer but the last, `[rows, (num_attention_heads + 2 num_key_value_heads) * head_dim]`. The next step finds in
+    /// them the keys and values of the tokens that both begin with, and in `k`.
+    pub qkv: Vec<CudaSlice<bf16>>,
     /// The last layer's queries, `[question rows, num_attention_heads * head_dim]`.
     pub q: CudaSlice<bf16>,
     /// The last layer's keys, `[rows, num_key_value_heads * head_dim]`.
@@ -90,7 +91,7 @@ impl Workspace {
         let workspace = Workspace {
             sizes,
             activations: Activations::new(device, &mut allocator, model, sizes.activations)?,
-            qkv: allocator.zeros(sizes.qkv)?,
+            qkv: (0..sizes.layers).map(|_| allocator.zeros(sizes.qkv)).collect::<Result<_>>()?,
             q: allocator.zeros(sizes.q)?,
             k: allocator.zeros(sizes.k)?,
             steps: StepBuffers::allocate(&mut allocator, sizes.steps)?,

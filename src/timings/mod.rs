@@ -195,7 +195,7 @@ impl Clock {
         let begun = Instant::now();
         let result = operation();
         let ms = begun.elapsed().as_secs_f64() * 1e3;
-        totals.lock().unwrap_or_else(PoisonError::into_inner).add(stage, name, ms, 0, work.flops(rows));
+        totals.lock().unwrap_or_else(PoisonError::into_inner).add(stage, name, ms, 0, work.flops(rows, 0));
         result
     }
 

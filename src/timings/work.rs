@@ -20,7 +20,7 @@ pub enum Work {
         /// Columns moved of each row of the output, as if of bf16.
         moved: usize,
     },
-    /// Each row attends to itself and the rows before it.
+    /// Each row attends to itself and all that come before it.
     Attention {
         /// Columns of the queries.
         q_dim: usize,
@@ -70,31 +70,31 @@ impl Work {
         Work::Product { n, k, moved: 2 * n }
     }
 
-    /// Bytes that are read or written, for `rows` live rows.
-    pub fn bytes(&self, rows: usize) -> u64 {
+    /// Bytes that are read or written, for `rows` live rows behind `before` others.
+    pub fn bytes(&self, rows: usize, before: usize) -> u64 {
         let numbers = match *self {
             Work::Uncounted => 0,
             Work::Elementwise { width } => 2 * rows * width,
             Work::Product { n, k, moved } => rows * k + n * k + rows * moved,
-            Work::Attention { q_dim, kv_dim, .. } => 2 * rows * (q_dim + kv_dim),
+            Work::Attention { q_dim, kv_dim, .. } => 2 * (rows * q_dim + (before + rows) * kv_dim),
             Work::DecodeAttention { kv_dim, window, .. } => 2 * seen(rows, window) * kv_dim,
-            Work::QuestionLogits { question_rows, q_dim, kv_dim } => question_rows * q_dim + rows * kv_dim,
+            Work::QuestionLogits { question_rows, q_dim, kv_dim } => question_rows * q_dim + (before + rows) * kv_dim,
         };
         2 * numbers as u64
     }
 
-    /// Floating-point operations, two a multiplication with its addition, for `rows` live rows.
-    pub fn flops(&self, rows: usize) -> u64 {
+    /// Floating-point operations, two a multiplication with its addition, for `rows` live rows behind `before` others.
+    pub fn flops(&self, rows: usize, before: usize) -> u64 {
         let flops = match *self {
             Work::Uncounted | Work::Elementwise { .. } => 0,
             Work::Product { n, k, .. } => 2 * rows * n * k,
             // Of the square the half that is not masked, and not what lies before the window; once q k^T, once p v.
             Work::Attention { q_dim, window, .. } => {
-                let masked = rows - seen(rows, window);
-                2 * (rows * rows - masked * masked) * q_dim
+                let of_first = |rows: usize| rows * rows - (rows - seen(rows, window)).pow(2);
+                2 * (of_first(before + rows) - of_first(before)) * q_dim
             }
             Work::DecodeAttention { q_dim, window, .. } => 4 * seen(rows, window) * q_dim,
-            Work::QuestionLogits { question_rows, q_dim, .. } => 2 * question_rows * rows * q_dim,
+            Work::QuestionLogits { question_rows, q_dim, .. } => 2 * question_rows * (before + rows) * q_dim,
         };
         flops as u64
     }
@@ -124,10 +124,10 @@ mod tests {
                 Work::swiglu(2 * config.intermediate_size, hidden),
                 Work::residual(hidden, config.intermediate_size),
             ];
-            let layer: u64 = layer.iter().map(|work| work.flops(rows)).sum();
-            let scoring = Work::product(kv_dim, hidden).flops(rows)
-                + Work::product(q_dim, hidden).flops(question_rows)
-                + Work::QuestionLogits { question_rows, q_dim, kv_dim }.flops(rows);
+            let layer: u64 = layer.iter().map(|work| work.flops(rows, 0)).sum();
+            let scoring = Work::product(kv_dim, hidden).flops(rows, 0)
+                + Work::product(q_dim, hidden).flops(question_rows, 0)
+                + Work::QuestionLogits { question_rows, q_dim, kv_dim }.flops(rows, 0);
             let step = (config.num_hidden_layers - 1) as u64 * layer + scoring;
             assert_eq!(step, config.step_flops(rows, question_rows), "{name}");
         }
@@ -136,19 +136,26 @@ mod tests {
     #[test]
     fn windows_bound_what_is_seen() {
         let attention = |window| Work::Attention { q_dim: 1, kv_dim: 1, window };
-        assert_eq!(attention(10).flops(10), attention(0).flops(10));
+        assert_eq!(attention(10).flops(10, 0), attention(0).flops(10, 0));
         // As `Config::step_flops` counts: half of a square of 4, less half of the square of 2 before the window.
-        assert_eq!(attention(2).flops(4), 4 * (16 - 4) / 2);
+        assert_eq!(attention(2).flops(4, 0), 4 * (16 - 4) / 2);
+        // What is split is the sum of its parts.
+        for window in [0, 3, 6] {
+            let parts = attention(window).flops(5, 0) + attention(window).flops(4, 5);
+            assert_eq!(attention(window).flops(9, 0), parts, "{window}");
+        }
         let decode = |window| Work::DecodeAttention { q_dim: 3, kv_dim: 2, window };
-        assert_eq!((decode(0).bytes(100), decode(0).flops(100)), (800, 1200));
-        assert_eq!((decode(5).bytes(100), decode(5).flops(100)), (40, 60));
+        assert_eq!((decode(0).bytes(100, 0), decode(0).flops(100, 0)), (800, 1200));
+        assert_eq!((decode(5).bytes(100, 0), decode(5).flops(100, 0)), (40, 60));
     }
 
     #[test]
     fn operands_count_once() {
-        assert_eq!(Work::product(16, 8).bytes(3), 2 * (3 * 8 + 16 * 8 + 3 * 16));
-        assert_eq!(Work::residual(16, 8).bytes(3), 2 * (3 * 8 + 16 * 8 + 5 * 3 * 16));
-        assert_eq!(Work::swiglu(16, 8).bytes(3), 2 * (3 * 8 + 16 * 8 + 3 * 8));
-        assert_eq!(Work::Elementwise { width: 8 }.bytes(3), 2 * 2 * 3 * 8);
+        assert_eq!(Work::product(16, 8).bytes(3, 9), 2 * (3 * 8 + 16 * 8 + 3 * 16));
+        assert_eq!(Work::residual(16, 8).bytes(3, 9), 2 * (3 * 8 + 16 * 8 + 5 * 3 * 16));
+        assert_eq!(Work::swiglu(16, 8).bytes(3, 9), 2 * (3 * 8 + 16 * 8 + 3 * 8));
+        assert_eq!(Work::Elementwise { width: 8 }.bytes(3, 9), 2 * 2 * 3 * 8);
+        let attention = Work::Attention { q_dim: 7, kv_dim: 5, window: 0 };
+        assert_eq!(attention.bytes(3, 9), 2 * (2 * 3 * 7 + 2 * 12 * 5));
     }
 }

@@ -1,6 +1,6 @@
 //! Attention over a prompt, and of one new row over a cache.
 
-use gleaner::cuda::ops::{AttentionParts, Heads};
+use gleaner::cuda::ops::{AttentionParts, Heads, ROW_BLOCK};
 use rayon::prelude::*;
 
 use super::{BF16_ROUNDING, Gpu, READING_LENGTHS, check, check_within, scaled_noise, to_f32};
@@ -50,7 +50,7 @@ fn check_attention(gpu: &mut Gpu, heads: Heads, rows: usize) -> f64 {
     gpu.set(rows, [0, 0]);
     let mut out = gpu.canaries(rows, q * dim);
     let qkv_gpu = gpu.with_junk(&qkv, width);
-    gpu.device.attention(&mut out, &qkv_gpu, heads, gpu.rows(rows)).unwrap();
+    gpu.device.attention(&mut out, &qkv_gpu, heads, gpu.rows(rows), None).unwrap();
     let op = format!("attention [{rows}, {q} of {kv} heads of {dim}, window {window}]");
     let worst = check_within(&gpu.download(&out, rows * q * dim, &op), &expected, |i| allowed[i], &op);
 
@@ -76,6 +76,37 @@ fn attention() {
         }
     }
     println!("attention: worst error {worst:.2} of the bound");
+}
+
+/// Rows from a later block on come out as they do with all rows, to the bit, and where the output starts.
+#[test]
+#[ignore = "needs a GPU"]
+fn attention_of_later_rows_alone() {
+    for portable in [false, true] {
+        let mut gpu = Gpu::open();
+        if portable {
+            gpu.device.run_portable_kernels();
+        }
+        for heads in [(6, 2, 64, 0), (4, 2, 128, 0), (4, 2, 64, 300), (14, 2, 64, 0)] {
+            let (q, kv, dim, window) = heads;
+            let heads = Heads { q, kv, dim, window };
+            for rows in [129, 1000, 1894] {
+                let qkv = gpu.with_junk(&scaled_noise(rows * heads.qkv_columns(), 19, 2.0), heads.qkv_columns());
+                gpu.set(rows, []);
+                let mut whole = gpu.canaries(rows, q * dim);
+                gpu.device.attention(&mut whole, &qkv, heads, gpu.rows(rows), None).unwrap();
+                let whole = gpu.download(&whole, rows * q * dim, "attention");
+                for first in (0..rows).step_by(ROW_BLOCK) {
+                    gpu.set(rows, [first]);
+                    let mut out = gpu.canaries(rows, q * dim);
+                    gpu.device.attention(&mut out, &qkv, heads, gpu.rows(rows), Some(gpu.shift(0))).unwrap();
+                    let op = format!("attention of {rows} rows from {first}, {q} heads of {dim}, window {window}");
+                    let out = gpu.download(&out, (rows - first) * q * dim, &op);
+                    assert!(out == whole[first * q * dim..], "{op} differs");
+                }
+            }
+        }
+    }
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! The linear layers, for many rows and for one, with what becomes of their results.
 
-use gleaner::cuda::ops::{Norm, Normed, Rotation};
+use cudarc::driver::CudaSlice;
+use gleaner::cuda::ops::{Norm, Normed, Rotation, Starts};
 use half::bf16;
 
 use super::{
@@ -101,24 +102,29 @@ fn swiglu(gpu: &mut Gpu, rows: usize, (n, k): (usize, usize), bias_given: bool) 
     if rows == 1 { worst.max(swiglu_of_one(gpu, (n, k), bias_given)) } else { worst }
 }
 
-/// Rows `first..first + rows` of `a`, with all heads of `n` columns but the last rotated by their row.
-fn rope(gpu: &mut Gpu, (rows, first): (usize, usize), head_dim: usize, n: usize, k: usize) -> f64 {
-    gpu.set(rows, [first, 0]);
+/// Rows of `a` from `input` on, with all heads of `n` columns but the last rotated by their position, from `position` on, into
+/// rows from `out` on. What is 0 is left out.
+fn rope(gpu: &mut Gpu, rows: usize, starts: [usize; 3], head_dim: usize, n: usize, k: usize) -> f64 {
+    gpu.set(rows, starts);
+    let [input, position, out_row] = starts;
     let columns = n - head_dim;
     let (linear, weight, bias) = gpu.linear(n, k, true);
-    let a = noise((first + rows) * k, 8);
-    let (table, table_gpu) = gpu.rope_table(first + rows + JUNK_ROWS, head_dim);
+    let a = noise((input + rows) * k, 8);
+    let (table, table_gpu) = gpu.rope_table(position + rows + JUNK_ROWS, head_dim);
     let (stream, factors) = gpu.residual_of(&a, k, 28);
-    let mut expected = product_of_stream(&a[first * k..], &factors[first..], &weight, &bias, n, k);
+    let mut expected = product_of_stream(&a[input * k..], &factors[input..], &weight, &bias, n, k);
     for (row, out) in expected.chunks_mut(n).enumerate() {
-        out[..columns].chunks_mut(head_dim).for_each(|head| rotate(head, &table, first + row));
+        out[..columns].chunks_mut(head_dim).for_each(|head| rotate(head, &table, position + row));
     }
     let rotation = Rotation { table: &table_gpu, head_dim, columns };
-    let mut out = gpu.canaries(rows, n);
-    let (live, first_row) = (gpu.rows(rows), Some(gpu.shift(0)));
-    gpu.device.gemm_rope(&mut out, Normed { residual: &stream, eps: EPS }, &linear, rotation, live, first_row).unwrap();
-    let op = format!("gemm_rope [{rows}, {n}, {k}] from {first}");
-    check_product(&gpu.download(&out, rows * n, &op), &expected, k, &op)
+    let mut out = gpu.canaries(out_row + rows, n);
+    let shift = |which: usize| (starts[which] > 0).then(|| gpu.shift(which));
+    let (live, given) = (gpu.rows(rows), Starts { input: shift(0), position: shift(1), out: shift(2) });
+    gpu.device.gemm_rope(&mut out, Normed { residual: &stream, eps: EPS }, &linear, rotation, live, given).unwrap();
+    let op = format!("gemm_rope [{rows}, {n}, {k}] from {starts:?}");
+    let out = gpu.download(&out, (out_row + rows) * n, &op);
+    assert!(out[..out_row * n].iter().all(|value| *value == CANARY.to_f64()), "{op} wrote before its rows");
+    check_product(&out[out_row * n..], &expected, k, &op)
 }
 
 /// Runs `check`, which returns the worst error, with the kernels made for this GPU, and on Hopper with the portable ones
@@ -170,11 +176,57 @@ fn gemm_rope() {
     with_all_kernels("gemm_rope", |gpu| {
         let mut worst = 0.0f64;
         for (head_dim, n, k) in [(64, 640, 384), (128, 384, 896), (64, 128, 72)] {
-            for rows in [(1, 0), (65, 0), (130, 17)] {
-                worst = worst.max(rope(gpu, rows, head_dim, n, k));
+            for (rows, starts) in [(1, [0; 3]), (65, [0; 3]), (130, [17, 17, 0]), (70, [0, 128, 128]), (9, [3, 131, 0])]
+            {
+                worst = worst.max(rope(gpu, rows, starts, head_dim, n, k));
             }
         }
         worst
+    });
+}
+
+/// The tile that a product is made of depends on the number of rows. What comes out for a row may not: keys and values of
+/// one step serve the next.
+#[test]
+#[ignore = "needs a GPU"]
+fn rows_are_the_same_to_the_bit_however_many_there_are() {
+    let most = *READING_LENGTHS.last().unwrap();
+    with_all_kernels("products of fewer rows", |gpu| {
+        let eps = EPS;
+        for (n, k) in [(1152, 896), (896, 896), (896, 4864), (9728, 896), (640, 384)] {
+            let (linear, ..) = gpu.linear(n, k, true);
+            let (input, _) = gpu.residual_of(&noise(most * k, 31), k, 32);
+            let (x, norm) = (to_f32(&noise(most * n, 33)), gpu.upload(&noise(n, 34)));
+            let (_, table) = gpu.rope_table(most + JUNK_ROWS, 64);
+            let rotation = Rotation { table: &table, head_dim: 64, columns: 128 };
+            let mut all: Vec<Vec<u32>> = Vec::new();
+            for rows in [most, 1, 129, 640, 1151, 1894] {
+                gpu.set(rows, []);
+                let normed = Normed { residual: &input, eps };
+                let live = gpu.rows(rows);
+                let (mut rope, mut h) = (gpu.canaries(rows, n), gpu.canaries(rows, n / 2));
+                let mut stream = gpu.residual_canaries(&x[..rows * n], rows, n);
+                gpu.device.gemm_rope(&mut rope, normed, &linear, rotation, live, Starts::default()).unwrap();
+                gpu.device.gemm_swiglu(&mut h, normed, &linear, live).unwrap();
+                gpu.device.gemm_residual(&mut stream, &input.scaled, &linear, &norm, live).unwrap();
+                let halves = |out: &CudaSlice<bf16>, width: usize| -> Vec<u32> {
+                    gpu.fetch(out)[..rows * width].iter().map(|value| value.to_bits().into()).collect()
+                };
+                let words = |out: &CudaSlice<f32>, width: usize| -> Vec<u32> {
+                    gpu.fetch(out)[..rows * width].iter().map(|value| value.to_bits()).collect()
+                };
+                // Squares are told apart by their sum, for which parts of the row they stand is the tile's business.
+                let outputs = vec![halves(&rope, n), halves(&h, n / 2), words(&stream.x, n), halves(&stream.scaled, n)];
+                if all.is_empty() {
+                    all = outputs;
+                    continue;
+                }
+                for (which, (whole, part)) in all.iter().zip(&outputs).enumerate() {
+                    assert!(whole[..part.len()] == part[..], "output {which} of [{rows}, {n}, {k}] is another");
+                }
+            }
+        }
+        0.0
     });
 }
 
@@ -191,8 +243,9 @@ fn gemm_at_reading_lengths() {
                 worst = worst.max(swiglu(gpu, rows, shape, false));
             }
             for (head_dim, n, k) in [(64, 640, 384), (64, 1152, 896), (128, 384, 72)] {
-                worst = worst.max(rope(gpu, (rows, 0), head_dim, n, k));
-                worst = worst.max(rope(gpu, (rows - 1100, 1100), head_dim, n, k));
+                worst = worst.max(rope(gpu, rows, [0; 3], head_dim, n, k));
+                worst = worst.max(rope(gpu, rows - 1100, [1100, 1100, 0], head_dim, n, k));
+                worst = worst.max(rope(gpu, rows - 1024, [0, 1024, 1024], head_dim, n, k));
             }
         }
         worst

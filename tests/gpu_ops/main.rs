@@ -73,7 +73,7 @@ fn to_f32(values: &[bf16]) -> Vec<f32> {
 
 struct Gpu {
     device: CudaDevice,
-    /// A row count, and two shifts.
+    /// A row count, and three shifts.
     ints: CudaSlice<i32>,
 }
 
@@ -83,7 +83,7 @@ const JUNK_ROWS: usize = 40;
 impl Gpu {
     fn open() -> Gpu {
         let device = CudaDevice::open(0).unwrap();
-        let ints = device.upload("integers", &[0, 0, 0]).unwrap();
+        let ints = device.upload("integers", &[0; 4]).unwrap();
         Gpu { device, ints }
     }
 
@@ -161,8 +161,8 @@ impl Gpu {
         worst.max(check_within(&of_slots.collect::<Vec<f64>>(), &sums, rounding, op))
     }
 
-    fn set(&mut self, rows: usize, shifts: [usize; 2]) {
-        let ints = [rows as i32, shifts[0] as i32, shifts[1] as i32];
+    fn set<const N: usize>(&mut self, rows: usize, shifts: [usize; N]) {
+        let ints: Vec<i32> = [rows].into_iter().chain(shifts).map(|value| value as i32).collect();
         self.device.upload_into("integers", &ints, &mut self.ints).unwrap();
     }
 
@@ -170,7 +170,7 @@ impl Gpu {
         Rows { ints: &self.ints, index: 0, max: live + JUNK_ROWS }
     }
 
-    /// The first or the second shift.
+    /// One of the shifts.
     fn shift(&self, which: usize) -> Shift<'_> {
         Shift { ints: &self.ints, index: 1 + which }
     }

@@ -1,7 +1,7 @@
 //! What works row by row: embedding and the head norms of Qwen3; and the checks of shapes.
 
 use gleaner::cuda::CudaDevice;
-use gleaner::cuda::ops::{Heads, Normed, Residual, Rotation, Rows};
+use gleaner::cuda::ops::{Heads, Normed, Residual, Rotation, Rows, Starts};
 use half::bf16;
 
 use super::{CANARY, EPS, Gpu, JUNK_ROWS, Noise, check, noise, rotate};
@@ -23,20 +23,22 @@ fn embed() {
         let embedding = noise(vocab_size * hidden_size, 10);
         let (embedding_gpu, norm) = (gpu.upload(&embedding), noise(hidden_size, 20));
         let norm_gpu = gpu.upload(&norm);
-        for rows in [1, 63, 130, 1894] {
-            gpu.set(rows, [0, 0]);
+        for (rows, first) in [(1, 0), (63, 0), (130, 128), (1894, 0)] {
+            gpu.set(rows, [first]);
             let mut choice = Noise::new(rows as u64);
             let mut prompt: Vec<u32> = (0..rows).map(|_| choice.below(vocab_size) as u32).collect();
             prompt[rows - 1] = vocab_size as u32 - 1;
-            let prompt_gpu = gpu.upload(&[&prompt[..], &[u32::MAX; JUNK_ROWS]].concat());
+            let prompt_gpu = gpu.upload(&[&vec![u32::MAX; first], &prompt[..], &[u32::MAX; JUNK_ROWS]].concat());
+            let given = (first > 0).then(|| gpu.shift(0));
             let mut out = gpu.residual_canaries(&vec![0.0; rows * hidden_size], rows, hidden_size);
-            gpu.device.embed(&mut out, &prompt_gpu, &embedding_gpu, &norm_gpu, gpu.rows(rows), hidden_size).unwrap();
+            let live = gpu.rows(rows);
+            gpu.device.embed(&mut out, &prompt_gpu, &embedding_gpu, &norm_gpu, live, given, hidden_size).unwrap();
             let expected: Vec<f64> = prompt
                 .iter()
                 .flat_map(|&id| &embedding[id as usize * hidden_size..(id as usize + 1) * hidden_size])
                 .map(|x| x.to_f64())
                 .collect();
-            let op = format!("embed [{rows}, {hidden_size}]");
+            let op = format!("embed [{rows}, {hidden_size}] from {first}");
             gpu.check_residual(&out, &expected, &norm, |_| 0.0, &op);
         }
     }
@@ -97,22 +99,22 @@ fn wrong_shapes_are_errors() {
     let rows = |max| Rows { ints: &gpu.ints, index: 0, max };
     let (mut stream, prompt) = (Residual::new(&gpu.device, 8, 8).unwrap(), gpu.upload(&[0u32; 16]));
     for (max, width) in [(1, 12), (9, 8), (1, 0), (1 << 20, 8)] {
-        let error = gpu.device.embed(&mut stream, &prompt, &x, &x, rows(max), width).unwrap_err();
+        let error = gpu.device.embed(&mut stream, &prompt, &x, &x, rows(max), None, width).unwrap_err();
         assert!(error.to_string().contains("embed"), "{error}");
     }
-    assert!(gpu.device.embed(&mut stream, &prompt, &x, &x, rows(8), 8).is_ok());
+    assert!(gpu.device.embed(&mut stream, &prompt, &x, &x, rows(8), None, 8).is_ok());
     let (linear, ..) = gpu.linear(16, 8, true);
     let error = gpu.device.gemm_residual(&mut stream, &x, &linear, &x, rows(9)).unwrap_err();
     assert!(error.to_string().contains("gemm_residual [9, 16, 8]"), "{error}");
     let (linear, ..) = gpu.linear(32, 8, true);
-    let rotation = Rotation { table: &gpu.upload(&[0.0f32; 7 * 32]), head_dim: 32, columns: 0 };
+    let rotation = Rotation { table: &gpu.upload(&[0.0f32; 32]), head_dim: 32, columns: 0 };
     let error = gpu
         .device
-        .gemm_rope(&mut out, Normed { residual: &stream, eps: EPS }, &linear, rotation, rows(1), None)
+        .gemm_rope(&mut out, Normed { residual: &stream, eps: EPS }, &linear, rotation, rows(2), Starts::default())
         .unwrap_err();
     assert!(error.to_string().contains("too few positions"), "{error}");
     let heads = Heads { q: 3, kv: 2, dim: 64, window: 0 };
-    assert!(gpu.device.attention(&mut out, &x, heads, rows(1)).is_err());
+    assert!(gpu.device.attention(&mut out, &x, heads, rows(1), None).is_err());
     let error = gpu.device.upload_into("a copy", &[bf16::ZERO; 65], &mut out).unwrap_err();
     assert!(error.to_string().contains("65"), "{error}");
     assert!(CudaDevice::open(4096).is_err());

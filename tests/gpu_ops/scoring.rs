@@ -75,7 +75,7 @@ fn head_sums(q: &[f32], k: &[f32], heads: Heads, rows: usize, tokens: usize) -> 
 fn check_steps(gpu: &Gpu, heads: Heads, question_rows: usize) -> f64 {
     let plan = plan(question_rows);
     let tables = DevicePlan::new(&gpu.device, &plan).unwrap();
-    let mut steps = StepBuffers::new(&gpu.device, &plan, heads).unwrap();
+    let mut steps = StepBuffers::new(&gpu.device, &plan, heads, false).unwrap();
     gpu.device.start(&mut steps, &tables).unwrap();
     let (mut weights, mut worst) = (Vec::new(), 0.0f64);
     for step in 0..2 {

@@ -2,7 +2,7 @@
 //! differently here and there: all comparisons are exact.
 
 use gleaner::Error;
-use gleaner::cuda::ops::{DevicePlan, Heads, StepBuffers};
+use gleaner::cuda::ops::{DevicePlan, Heads, ROW_BLOCK, StepBuffers};
 use gleaner::plan::Plan;
 
 use super::{Gpu, Noise};
@@ -101,9 +101,9 @@ struct Loop<'a> {
 }
 
 impl Loop<'_> {
-    fn start<'a>(gpu: &'a Gpu, plan: &Plan) -> Loop<'a> {
+    fn start<'a>(gpu: &'a Gpu, plan: &Plan, reuses: bool) -> Loop<'a> {
         let tables = DevicePlan::new(&gpu.device, plan).unwrap();
-        let mut steps = StepBuffers::new(&gpu.device, plan, HEADS).unwrap();
+        let mut steps = StepBuffers::new(&gpu.device, plan, HEADS, reuses).unwrap();
         gpu.device.start(&mut steps, &tables).unwrap();
         Loop { gpu, tables, steps }
     }
@@ -118,35 +118,56 @@ impl Loop<'_> {
 
     /// The prompt that lies ready, its first question row, and how many follow.
     fn ready(&self) -> (Vec<u32>, usize, usize) {
-        let (rows, first, count) = (self.steps.rows(), self.steps.question_start(), self.steps.question_rows());
-        let ints = self.gpu.fetch(rows.ints);
+        let (tokens, first, count) = (self.steps.tokens(), self.steps.question_start(), self.steps.question_rows());
+        let ints = self.gpu.fetch(tokens.ints);
         let prompt = self.gpu.fetch(self.steps.prompt());
-        (prompt[..ints[rows.index] as usize].to_vec(), ints[first.index] as usize, ints[count.index] as usize)
+        (prompt[..ints[tokens.index] as usize].to_vec(), ints[first.index] as usize, ints[count.index] as usize)
     }
+
+    /// The first row that is computed, how many are, and the first question row among them.
+    fn computed(&self) -> [usize; 3] {
+        let ints = self.gpu.fetch(self.steps.rows().ints);
+        [self.steps.first_row().index, self.steps.rows().index, self.steps.question_row().index]
+            .map(|index| ints[index] as usize)
+    }
+}
+
+/// How many tokens two prompts begin with that are the same sentences in both, in whole blocks of rows.
+fn reused_tokens(plan: &Plan, before: &[u32], context: &[u32]) -> usize {
+    let same = before.iter().zip(context).take_while(|(a, b)| a == b);
+    let tokens = plan.prefix.len() + same.map(|(&sentence, _)| plan.sentence_len(sentence)).sum::<usize>();
+    tokens / ROW_BLOCK * ROW_BLOCK
 }
 
 /// All steps of a plan; returns how many sentences were dropped for capacity.
 fn check(gpu: &Gpu, plan: &Plan, mut score: impl FnMut(usize) -> f64, name: &str) -> usize {
     plan.validate(50_000).unwrap();
-    let mut on_gpu = Loop::start(gpu, plan);
-    let (mut kept, mut dropped) = (Vec::new(), 0);
+    let mut on_gpu = Loop::start(gpu, plan, true);
+    let (mut kept, mut dropped, mut before) = (Vec::new(), 0, None);
     for chunk in 0..plan.chunks() {
         let context = context_of(plan, chunk, &kept);
+        let reused = before.map_or(0, |before: Vec<u32>| reused_tokens(plan, &before, &context));
         let prompt = prompt_of(plan, &context);
         let context_tokens = prompt.len() - plan.prefix.len() - plan.tail.len();
         let question_start = prompt.len() - plan.tail.len() + plan.question_start as usize;
         let question_rows = plan.tail.len() - plan.question_start as usize;
         assert!(on_gpu.ready() == (prompt.clone(), question_start, question_rows), "{name}: prompt of step {chunk}");
+        let computed = [reused, prompt.len() - reused, question_start - reused];
+        assert_eq!(on_gpu.computed(), computed, "{name}: rows of step {chunk}");
 
         let scores: Vec<f64> = (0..context_tokens).map(&mut score).collect();
         on_gpu.select(&scores);
         let expected = select(plan, &context, &scores);
         let log = on_gpu.steps.read_back(&gpu.device).unwrap();
-        assert_eq!(log.steps[chunk], (prompt.len(), context_tokens, expected.kept_tokens), "{name}: step {chunk}");
+        let counts = log.steps[chunk];
+        let counts = [counts.tokens, counts.context_tokens, counts.kept_tokens, counts.reused_tokens];
+        let counted = [prompt.len(), context_tokens, expected.kept_tokens, reused];
+        assert_eq!(counts, counted, "{name}: step {chunk}");
         assert_eq!(log.selected[chunk], expected.log, "{name}: step {chunk}");
         dropped += expected.log.len() - expected.kept.len();
         assert_eq!(log.dropped_for_capacity, dropped, "{name}: step {chunk}");
         kept = expected.kept;
+        before = Some(context);
     }
     assert!(on_gpu.ready().0.is_empty(), "{name}: a prompt behind the last step");
     dropped
@@ -181,6 +202,32 @@ fn selection_follows_the_rules() {
     bare.prefix.clear();
     bare.question_start = 0;
     check(&gpu, &bare, decades(7), "no prefix");
+}
+
+/// What a prompt begins with as the one before is not computed again, in whole blocks of rows.
+#[test]
+#[ignore = "needs a GPU"]
+fn rows_that_stay_are_reused() {
+    let gpu = Gpu::open();
+    // The later a token the worse, so that what leads the context stays.
+    let mut score = 1e9;
+    let falling = move |_| {
+        score -= 1.0;
+        score
+    };
+    let plan = plan(4, 60, 20, (500, 1, UNLIMITED));
+    check(&gpu, &plan, falling, "what comes first stays");
+    let mut on_gpu = Loop::start(&gpu, &plan, true);
+    let context = on_gpu.ready().0.len() - plan.prefix.len() - plan.tail.len();
+    let scores: Vec<f64> = (0..context).map(|token| (context - token) as f64).collect();
+    on_gpu.select(&scores);
+    assert!(on_gpu.computed()[0] >= 256, "of 500 best tokens at the beginning: {:?}", on_gpu.computed());
+
+    let mut on_gpu = Loop::start(&gpu, &plan, false);
+    on_gpu.select(&scores);
+    let [first_row, rows, question_row] = on_gpu.computed();
+    let (prompt, question_start, _) = on_gpu.ready();
+    assert_eq!([first_row, rows, question_row], [0, prompt.len(), question_start], "not asked for");
 }
 
 /// More sentences and tokens than the kernel has threads, and than it holds in shared memory.
@@ -258,7 +305,7 @@ fn scores_that_are_not_finite_are_errors() {
     let plan = plan(4, 20, 6, (10, 3, UNLIMITED));
     for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 1e300] {
         for bad_step in 0..2 {
-            let mut on_gpu = Loop::start(&gpu, &plan);
+            let mut on_gpu = Loop::start(&gpu, &plan, true);
             for step in 0..4 {
                 let (prompt, ..) = on_gpu.ready();
                 assert_eq!(prompt.is_empty(), step > bad_step, "{bad} in step {bad_step}: step {step}");
@@ -282,12 +329,12 @@ fn a_prompt_that_does_not_fit_is_an_error() {
     let gpu = Gpu::open();
     let small = plan(2, 20, 8, (60, 1, 5));
     let large = Plan { max_retained: UNLIMITED, ..small.clone() };
-    let mut on_gpu = Loop::start(&gpu, &small);
+    let mut on_gpu = Loop::start(&gpu, &small, true);
     on_gpu.tables = DevicePlan::new(&gpu.device, &large).unwrap();
     let context = on_gpu.ready().0.len() - small.prefix.len() - small.tail.len();
     let mut score = decades(14);
     on_gpu.select(&(0..context).map(&mut score).collect::<Vec<_>>());
-    assert!(on_gpu.ready().0.is_empty());
+    assert_eq!((on_gpu.ready(), on_gpu.computed()), ((Vec::new(), 0, 0), [0; 3]));
     let error = on_gpu.steps.read_back(&gpu.device).map(|_| ()).unwrap_err();
     assert!(error.to_string().contains("planned for"), "{error}");
 }

@@ -67,20 +67,22 @@ impl Bench<'_> {
         self.retained.div_ceil(chunk) + 1
     }
 
-    /// Seconds to read `plan`, and the mean length of its steps behind `first_steps`.
-    fn read(&self, plan: &Plan, first_steps: usize) -> Result<(f64, f64), Error> {
+    /// Seconds to read `plan`, and the mean tokens of its steps behind `first_steps`, and of those computed.
+    fn read(&self, plan: &Plan, first_steps: usize) -> Result<(f64, [f64; 2]), Error> {
         let mut tokens = Vec::with_capacity(plan.chunks());
         let begun = Instant::now();
         self.reader.read(plan, &mut |report| {
-            tokens.push(report.tokens);
+            tokens.push([report.tokens, report.tokens - report.reused_tokens]);
             ControlFlow::Continue(())
         })?;
         let seconds = begun.elapsed().as_secs_f64();
         let later = &tokens[first_steps.min(tokens.len() - 1)..];
-        Ok((seconds, later.iter().sum::<usize>() as f64 / later.len() as f64))
+        let mean = |of: usize| later.iter().map(|tokens| tokens[of]).sum::<usize>() as f64 / later.len() as f64;
+        Ok((seconds, [mean(0), mean(1)]))
     }
 
-    /// Steps of `length` tokens: the difference of two plans that differ in their number of steps only.
+    /// Steps of `length` tokens: the difference of two plans that differ in their number of steps only. The reader should
+    /// compute all tokens of a step.
     pub fn steps(&self, length: usize, gemm_tflops: Option<f64>) -> Result<Step, Error> {
         let room = length - FRAME - self.retained;
         let chunk = room / SENTENCE * SENTENCE;
@@ -98,7 +100,7 @@ impl Bench<'_> {
         let mut mean_tokens = 0.0;
         let ms = pairs(|| {
             let (short, _) = self.read(&short, first_steps)?;
-            let (long, mean) = self.read(&long, first_steps)?;
+            let (long, [mean, _]) = self.read(&long, first_steps)?;
             mean_tokens = mean;
             Ok((long - short) * 1e3 / span as f64)
         })?;
@@ -124,18 +126,20 @@ impl Bench<'_> {
         self.plan(tokens, window / SENTENCE * SENTENCE, FRAME - QUESTION_ROWS)
     }
 
-    /// A whole document, read once behind a short one.
-    pub fn document(&self, tokens: usize, window: usize) -> Result<DocumentReading, Error> {
-        let plan = self.document_plan(tokens, window);
+    /// A whole document, read once behind its beginning.
+    pub fn document(&self, plan: &Plan, window: usize) -> Result<DocumentReading, Error> {
         let first_steps = self.first_steps(window / SENTENCE * SENTENCE);
-        self.read(&self.document_plan(tokens.min(first_steps * window), window), first_steps)?;
-        let (seconds, mean_step_tokens) = self.read(&plan, first_steps)?;
+        self.read(&beginning(plan, first_steps), first_steps)?;
+        let (seconds, [mean_step_tokens, mean_computed_tokens]) = self.read(plan, first_steps)?;
+        let tokens = plan.tokens.len();
         Ok(DocumentReading {
             tokens,
             window,
             steps: plan.chunks(),
             mean_step_tokens,
+            mean_computed_tokens,
             seconds,
+            seconds_without_reuse: None,
             tokens_per_second: tokens as f64 / seconds,
         })
     }
@@ -162,6 +166,15 @@ impl Bench<'_> {
             decode_ms_per_token: decode.median,
         })
     }
+}
+
+/// The first `chunks` chunks of a plan.
+fn beginning(plan: &Plan, chunks: usize) -> Plan {
+    let mut beginning = plan.clone();
+    beginning.chunk_offsets.truncate(chunks + 1);
+    beginning.sentence_offsets.truncate(*beginning.chunk_offsets.last().expect("a plan has chunks") as usize + 1);
+    beginning.tokens.truncate(*beginning.sentence_offsets.last().expect("a chunk has sentences") as usize);
+    beginning
 }
 
 struct Spread {
@@ -215,17 +228,21 @@ fn synthetic_text() -> String {
     text
 }
 
-/// The rate at which a model's own tokenizer turns a text into a plan.
-pub fn tokenizer(model: &Model) -> Result<TokenizerRate, Error> {
+/// The plan of a text by a model's own tokenizer, for a question that fits any; and the seconds it takes.
+pub fn plan_of(model: &Model, document: &Document, params: &ReadParams) -> Result<(Plan, f64), Error> {
     let tokenizer = Tokenizer::open(&model.path.join("tokenizer.json"), model.config.vocab_size)?;
     let chat = ChatTemplate::open(&model.path)?;
-    let params = ReadParams::default();
     let template = PromptTemplate::default();
     let frame = Frame::new(&template, &chat, &tokenizer, "What does the text say?", params.short_tail)?;
-    let document = Document::new("synthetic text", synthetic_text())?;
     let begun = Instant::now();
-    let (plan, _) = Plan::new(&document, &frame, &tokenizer, &params)?;
-    let seconds = begun.elapsed().as_secs_f64();
+    let (plan, _) = Plan::new(document, &frame, &tokenizer, params)?;
+    Ok((plan, begun.elapsed().as_secs_f64()))
+}
+
+/// The rate at which a model's own tokenizer turns a text into a plan.
+pub fn tokenizer(model: &Model) -> Result<TokenizerRate, Error> {
+    let document = Document::new("synthetic text", synthetic_text())?;
+    let (plan, seconds) = plan_of(model, &document, &ReadParams::default())?;
     Ok(TokenizerRate {
         bytes: document.text().len(),
         tokens: plan.tokens.len(),

@@ -4,14 +4,16 @@ mod measure;
 mod report;
 
 use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::builder::PossibleValuesParser;
 use gleaner::model::{Config, Model, SHAPES};
+use gleaner::plan::ReadParams;
 use gleaner::reader::MemoryRequest;
 use gleaner::timings::Ceilings;
-use gleaner::{Device, Error, cuda};
+use gleaner::{Device, Document, Error, cuda};
 use indicatif::ProgressBar;
 
 use super::{Failure, ModelArgs};
@@ -32,6 +34,10 @@ pub struct BenchArgs {
     /// A published shape with random weights instead of a model: no files needed
     #[arg(long, conflicts_with = "model", value_parser = PossibleValuesParser::new(SHAPES))]
     shape: Option<String>,
+    /// A document to read instead of random tokens, UTF-8 text: how much of a step the next one takes over depends on it,
+    /// and so does what stays
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["shape", "tokens"])]
+    doc: Option<PathBuf>,
     /// Length of the document [default: 1000000 on a GPU, 8192 on a CPU]
     #[arg(long, value_name = "N")]
     tokens: Option<usize>,
@@ -127,7 +133,7 @@ fn measure(args: &BenchArgs, progress: &dyn Fn(String)) -> Result<Report, Error>
     model.generation_config.eos_token_id.clear();
     let model = Arc::new(model);
     progress("loading the model".into());
-    let (device, reader) = args.model.device.reader(model.clone())?;
+    let (device, mut reader) = args.model.device.reader(model.clone())?;
     let load_ms = opened.elapsed().as_secs_f64() * 1e3;
 
     let ceilings = match device {
@@ -138,15 +144,35 @@ fn measure(args: &BenchArgs, progress: &dyn Fn(String)) -> Result<Report, Error>
         _ => Ceilings::default(),
     };
 
-    let bench = Bench { reader: reader.as_ref(), config: &model.config, retained: args.retained };
     let mut steps = Vec::new();
+    reader.set_reuse(false);
     for &length in &args.lengths {
         progress(format!("steps of {length} tokens"));
+        let bench = Bench { reader: reader.as_ref(), config: &model.config, retained: args.retained };
         steps.push(bench.steps(length, ceilings.gemm_tflops)?);
     }
-    let tokens = args.tokens.unwrap_or(if device == Device::Cpu { CPU_DOCUMENT } else { GPU_DOCUMENT });
-    progress(format!("a document of {tokens} tokens"));
-    let document = bench.document(tokens, args.window)?;
+    let bench = Bench { reader: reader.as_ref(), config: &model.config, retained: args.retained };
+    let plan = match &args.doc {
+        Some(path) => {
+            progress("cutting the document".into());
+            let params = ReadParams { window_length: args.window, ..ReadParams::default() };
+            measure::plan_of(&model, &Document::open(path)?, &params)?.0
+        }
+        None => {
+            let tokens = args.tokens.unwrap_or(if device == Device::Cpu { CPU_DOCUMENT } else { GPU_DOCUMENT });
+            bench.document_plan(tokens, args.window)
+        }
+    };
+    progress(format!("a document of {} tokens", plan.tokens.len()));
+    reader.set_reuse(true);
+    let bench = Bench { reader: reader.as_ref(), config: &model.config, retained: args.retained };
+    let mut document = bench.document(&plan, args.window)?;
+    if document.mean_computed_tokens < document.mean_step_tokens {
+        reader.set_reuse(false);
+        let bench = Bench { reader: reader.as_ref(), config: &model.config, retained: args.retained };
+        document.seconds_without_reuse = Some(bench.document(&plan, args.window)?.seconds);
+    }
+    let bench = Bench { reader: reader.as_ref(), config: &model.config, retained: args.retained };
     progress("answering".into());
     let answer = bench.answer(args.new_tokens)?;
     let tokenizer = match args.shape {
@@ -158,7 +184,7 @@ fn measure(args: &BenchArgs, progress: &dyn Fn(String)) -> Result<Report, Error>
     };
 
     let memory = reader.memory(&MemoryRequest {
-        plan: bench.document_plan(tokens, args.window).shape(),
+        plan: plan.shape(),
         prompt_tokens: answer.prompt_tokens,
         max_new_tokens: args.new_tokens,
     });

@@ -54,7 +54,11 @@ pub struct DocumentReading {
     pub steps: usize,
     /// Behind the steps that fill what is retained.
     pub mean_step_tokens: f64,
+    /// Of them, those whose keys and values the step before had not left.
+    pub mean_computed_tokens: f64,
     pub seconds: f64,
+    /// The same document with all tokens of all steps computed; `null` where they are anyway.
+    pub seconds_without_reuse: Option<f64>,
     pub tokens_per_second: f64,
 }
 
@@ -125,6 +129,14 @@ impl Report {
             document.mean_step_tokens,
             document.window
         )?;
+        if let Some(seconds) = document.seconds_without_reuse {
+            writeln!(
+                out,
+                "           {:.0} tokens of a step computed, the others as the step before left them; {seconds:.2} s with all \
+                 computed",
+                document.mean_computed_tokens
+            )?;
+        }
         let answer = &self.answer;
         writeln!(out, "prefill    {:.2} ms for {} tokens", answer.prefill_ms, answer.prompt_tokens)?;
         writeln!(

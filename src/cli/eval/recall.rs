@@ -107,6 +107,7 @@ mod tests {
                 step,
                 steps: 3,
                 tokens: 0,
+                reused_tokens: 0,
                 context_tokens: 0,
                 retained_tokens: 0,
                 kept,

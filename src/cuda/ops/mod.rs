@@ -8,7 +8,7 @@ mod steps;
 
 pub use decode::{AttentionParts, Logits, NO_TOKEN, Norm, Sampled, Sent, answer, sampling_words};
 pub(in crate::cuda) use hold::Gate;
-pub use steps::{DevicePlan, StepBuffers, StepLog, state};
+pub use steps::{DevicePlan, StepBuffers, StepCounts, StepLog, state};
 
 use std::ffi::{CStr, c_int, c_void};
 
@@ -19,6 +19,10 @@ use crate::cuda::device::Allocator;
 use crate::cuda::{CudaDevice, ffi, memory};
 use crate::timings::Work;
 use crate::{Error, Result};
+
+/// Rows that attention takes together: what comes before some of these blocks does not have to be computed again, and the
+/// others' results are the same to the bit.
+pub const ROW_BLOCK: usize = ffi::GLEANER_ROW_BLOCK as usize;
 
 /// Rows that an operand may have.
 const MAX_ROWS: usize = (1 << 20) - 1;
@@ -41,6 +45,17 @@ pub struct Shift<'a> {
     pub ints: &'a CudaSlice<i32>,
     /// Which of them is meant.
     pub index: usize,
+}
+
+/// Where the rows of a product lie: what stands for the first of them. `None` is 0.
+#[derive(Clone, Copy, Default)]
+pub struct Starts<'a> {
+    /// In the input.
+    pub input: Option<Shift<'a>>,
+    /// In the table of positions.
+    pub position: Option<Shift<'a>>,
+    /// In the output.
+    pub out: Option<Shift<'a>>,
 }
 
 /// A matrix `[n, k]` and its bias `[n]`.
@@ -214,8 +229,8 @@ impl CudaDevice {
         require(norm.len() >= width, op, "the norm is narrower than the residual stream")
     }
 
-    /// The residual stream of a prompt: the rows of `embedding` `[vocab_size, width]` of its ids, which must be below
-    /// `vocab_size`. `norm` `[width]` is the weight of the norm that comes next.
+    /// The residual stream of a prompt from token `first` on: the rows of `embedding` `[vocab_size, width]` of its ids, which
+    /// must be below `vocab_size`. `norm` `[width]` is the weight of the norm that comes next.
     ///
     /// # Errors
     /// [`Error::Cuda`] if a buffer is too small, `width` is not a multiple of 8, or the launch fails.
@@ -226,6 +241,7 @@ impl CudaDevice {
         embedding: &CudaSlice<bf16>,
         norm: &CudaSlice<bf16>,
         rows: Rows,
+        first: Option<Shift>,
         width: usize,
     ) -> Result<()> {
         let op = || format!("embed [{}, {width}]", rows.max);
@@ -233,7 +249,7 @@ impl CudaDevice {
         require(valid, op, "the width must be a multiple of 8 below 1048576, with fewer than 1048576 rows")?;
         self.check_residual(&op, residual, norm, rows.max, width)?;
         require(prompt.len() >= rows.max && embedding.len() >= width, op, "a buffer is smaller than its rows")?;
-        let count = self.count(rows)?;
+        let (count, first) = (self.count(rows)?, self.shift(first)?);
         let _kernel = self.kernel("embed", "", rows.max, Work::Elementwise { width: 2 * width });
         // SAFETY: the buffers live on this stream's device and hold the rows that the kernel touches (checked above);
         // allocations are aligned to 256 bytes, so rows of a multiple of 8 elements are aligned for 16-byte loads. Ids were
@@ -248,6 +264,7 @@ impl CudaDevice {
                     self.address(embedding),
                     self.address(norm),
                     count,
+                    first,
                     rows.max as c_int,
                     width as c_int,
                     self.raw_stream(),
@@ -348,8 +365,8 @@ impl CudaDevice {
         )
     }
 
-    /// `out = input[first..] weight^T + bias`, `[rows, n]`, with heads rotated by their row of the input. `first` is a device
-    /// integer; the input holds `first + rows` rows, and the rotation's table as many positions as it has room for.
+    /// `out[starts.out..] = input[starts.input..] weight^T + bias`, `[rows, n]`, with heads rotated by their position,
+    /// `starts.position` and on. Input, table and output hold the rows from these on.
     ///
     /// # Errors
     /// As [`CudaDevice::embed`].
@@ -360,7 +377,7 @@ impl CudaDevice {
         linear: &DeviceLinear,
         rotation: Rotation,
         rows: Rows,
-        first: Option<Shift>,
+        starts: Starts,
     ) -> Result<()> {
         let op = || format!("gemm_rope [{}, {}, {}]", rows.max, linear.n, linear.k);
         let Normed { residual, eps } = input;
@@ -372,27 +389,34 @@ impl CudaDevice {
             op,
             "a buffer is smaller than its rows",
         )?;
-        check_rotation(&op, rotation, linear.n, a_rows)?;
+        check_rotation(&op, rotation, linear.n, rows.max)?;
         // The kernels bring the table whether or not they rotate, 32 columns at a time.
         require(rotation.head_dim >= 32, op, "heads must be at least 32 wide")?;
-        require(rotation.table.len() >= a_rows * rotation.head_dim, op, "the table has too few positions")?;
-        let (count, first) = (self.count(rows)?, self.shift(first)?);
+        let positions = (rotation.table.len() / rotation.head_dim).min(MAX_ROWS);
+        require(positions >= rows.max, op, "the table has too few positions")?;
+        let count = self.count(rows)?;
+        let starts = ffi::GleanerStarts {
+            a: self.shift(starts.input)?,
+            position: self.shift(starts.position)?,
+            out: self.shift(starts.out)?,
+        };
         let _kernel = self.kernel("gemm_rope", linear.role, rows.max, Work::product(linear.n, linear.k));
         let (out, squares) = (self.address_mut(out), self.address(&residual.squares) as *const f32);
         let (a, weight, bias) = (self.address(a), self.address(&linear.weight), self.bias(linear));
         let (table, stream) = (self.address(rotation.table), self.raw_stream());
-        let [max_rows, a_rows, n, k] = [rows.max, a_rows, linear.n, linear.k].map(|size| size as c_int);
+        let [max_rows, a_rows, positions] = [rows.max, a_rows, positions].map(|size| size as c_int);
+        let [n, k] = [linear.n, linear.k].map(|size| size as c_int);
         let [head_dim, columns] = [rotation.head_dim, rotation.columns].map(|size| size as c_int);
         // SAFETY: as in `embed`, with the shapes that `check_linear` and `check_rotation` checked.
         check(
             unsafe {
                 match self.runs_hopper_kernels() {
                     true => ffi::gleaner_gemm_sm90_rope(
-                        out, a, squares, weight, bias, table, count, first, max_rows, a_rows, n, k, head_dim, columns,
-                        eps, stream,
+                        out, a, squares, weight, bias, table, count, starts, max_rows, a_rows, positions, n, k,
+                        head_dim, columns, eps, stream,
                     ),
                     false => ffi::gleaner_gemm_rope(
-                        out, a, squares, weight, bias, table, count, first, max_rows, n, k, head_dim, columns, eps,
+                        out, a, squares, weight, bias, table, count, starts, max_rows, n, k, head_dim, columns, eps,
                         stream,
                     ),
                 }
@@ -401,16 +425,24 @@ impl CudaDevice {
         )
     }
 
-    /// Causal attention; `out` is `[rows, q * dim]`, `qkv` is `[rows, (q + 2 kv) * dim]`.
+    /// Causal attention of the rows from `first` on; `out` is `[rows - first, q * dim]`, `qkv` is `[rows, (q + 2 kv) * dim]`.
+    /// `first` is a multiple of [`ROW_BLOCK`].
     ///
     /// # Errors
     /// As [`CudaDevice::embed`]; `dim` must be 64 or 128.
-    pub fn attention(&self, out: &mut CudaSlice<bf16>, qkv: &CudaSlice<bf16>, heads: Heads, rows: Rows) -> Result<()> {
+    pub fn attention(
+        &self,
+        out: &mut CudaSlice<bf16>,
+        qkv: &CudaSlice<bf16>,
+        heads: Heads,
+        rows: Rows,
+        first: Option<Shift>,
+    ) -> Result<()> {
         let op = || format!("attention [{}, {} of {} heads of {}]", rows.max, heads.q, heads.kv, heads.dim);
         check_heads(&op, heads)?;
         let fits = out.len() >= rows.max * heads.q * heads.dim && qkv.len() >= rows.max * heads.qkv_columns();
         require(fits, op, "a buffer is smaller than its rows")?;
-        let count = self.count(rows)?;
+        let (count, first) = (self.count(rows)?, self.shift(first)?);
         let Heads { q, kv, dim, window } = heads;
         let work = Work::Attention { q_dim: q * dim, kv_dim: kv * dim, window };
         let _kernel = self.kernel("attention", "", rows.max, work);
@@ -425,6 +457,7 @@ impl CudaDevice {
                     self.address_mut(out),
                     self.address(qkv),
                     count,
+                    first,
                     rows.max as c_int,
                     heads.q as c_int,
                     heads.kv as c_int,

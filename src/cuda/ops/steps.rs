@@ -13,10 +13,16 @@ pub mod state {
     use super::ffi::GleanerState;
     use std::mem::offset_of;
 
-    /// Live rows of the step's prompt.
+    /// Tokens of the step's prompt.
     pub const TOKENS: usize = offset_of!(GleanerState, tokens) / 4;
-    /// The first question row.
+    /// The first token that is computed.
+    pub const FIRST_ROW: usize = offset_of!(GleanerState, first_row) / 4;
+    /// Number of tokens from there on.
+    pub const ROWS: usize = offset_of!(GleanerState, rows) / 4;
+    /// The first question row, as a token of the prompt.
     pub const QUESTION_START: usize = offset_of!(GleanerState, question_start) / 4;
+    /// The same, of the rows that are computed.
+    pub const QUESTION_ROW: usize = offset_of!(GleanerState, question_row) / 4;
     /// Number of question rows.
     pub const QUESTION_ROWS: usize = offset_of!(GleanerState, question_rows) / 4;
     /// Number of integers.
@@ -31,6 +37,7 @@ struct Step {
     context_tokens: i32,
     selected: i32,
     kept_tokens: i32,
+    first_row: i32,
 }
 
 /// A sentence that owned one of a step's best tokens, as it lies on the device.
@@ -159,12 +166,26 @@ pub struct StepBuffers {
     max_tokens: usize,
     max_rows: usize,
     max_log: usize,
+    reuses: bool,
+}
+
+/// A step, counted in tokens.
+#[derive(Clone, Copy)]
+pub struct StepCounts {
+    /// Of its prompt.
+    pub tokens: usize,
+    /// Of them the context's.
+    pub context_tokens: usize,
+    /// Of the sentences that stay.
+    pub kept_tokens: usize,
+    /// At the beginning of the prompt, those whose keys and values the step before had left.
+    pub reused_tokens: usize,
 }
 
 /// What a document's steps left, in plain numbers.
 pub struct StepLog {
-    /// `(tokens, context_tokens, kept_tokens)` of each step.
-    pub steps: Vec<(usize, usize, usize)>,
+    /// Each step.
+    pub steps: Vec<StepCounts>,
     /// Of each step the sentences that owned a best token, whether they stay, and their scores.
     pub selected: Vec<Vec<(u32, bool, f32)>>,
     /// Sentences dropped for capacity, over all steps.
@@ -172,14 +193,14 @@ pub struct StepLog {
 }
 
 impl StepBuffers {
-    /// Buffers for `plan`.
+    /// Buffers for `plan`. `reuses` says whether the keys and values of each step stay where the next finds them.
     ///
     /// # Errors
     /// [`Error::Cuda`], out of memory among them.
-    pub fn new(device: &CudaDevice, plan: &Plan, heads: Heads) -> Result<StepBuffers> {
+    pub fn new(device: &CudaDevice, plan: &Plan, heads: Heads, reuses: bool) -> Result<StepBuffers> {
         let sizes = StepSizes::new(&plan.shape(), heads.q);
         let mut buffers = StepBuffers::allocate(&mut Allocator::new(device), sizes)?;
-        buffers.prepare(plan, heads)?;
+        buffers.prepare(plan, heads, reuses)?;
         Ok(buffers)
     }
 
@@ -205,12 +226,13 @@ impl StepBuffers {
             max_tokens: 0,
             max_rows: 0,
             max_log: 0,
+            reuses: false,
         })
     }
 
     /// Makes the buffers `plan`'s. Of the plan before nothing is read but counts that are zero: whatever else a step
     /// reads, it or an earlier step of the same plan wrote.
-    pub(in crate::cuda) fn prepare(&mut self, plan: &Plan, heads: Heads) -> Result<()> {
+    pub(in crate::cuda) fn prepare(&mut self, plan: &Plan, heads: Heads, reuses: bool) -> Result<()> {
         let shape = plan.shape();
         let covered = memory::cover(&self.sizes, &StepSizes::new(&shape, heads.q));
         require(covered, || "preparing a document".into(), "the step buffers are smaller than its plan")?;
@@ -218,6 +240,7 @@ impl StepBuffers {
         self.max_tokens = shape.max_step_tokens;
         self.max_rows = shape.question_rows;
         self.max_log = memory::max_log(&shape);
+        self.reuses = reuses;
         Ok(())
     }
 
@@ -236,12 +259,23 @@ impl StepBuffers {
             step_log: step_log as *mut _,
             max_tokens: self.max_tokens as i32,
             max_log: self.max_log as i32,
+            reuses: self.reuses.into(),
         }
     }
 
-    /// Live rows of the step's prompt.
-    pub fn rows(&self) -> Rows<'_> {
+    /// Tokens of the step's prompt.
+    pub fn tokens(&self) -> Rows<'_> {
         Rows { ints: &self.journal, index: state::TOKENS, max: self.max_tokens }
+    }
+
+    /// Those that are computed.
+    pub fn rows(&self) -> Rows<'_> {
+        Rows { ints: &self.journal, index: state::ROWS, max: self.max_tokens }
+    }
+
+    /// The first of them.
+    pub fn first_row(&self) -> Shift<'_> {
+        Shift { ints: &self.journal, index: state::FIRST_ROW }
     }
 
     /// Its question rows.
@@ -249,9 +283,14 @@ impl StepBuffers {
         Rows { ints: &self.journal, index: state::QUESTION_ROWS, max: self.max_rows }
     }
 
-    /// The first of them.
+    /// The first of them, as a token of the prompt.
     pub fn question_start(&self) -> Shift<'_> {
         Shift { ints: &self.journal, index: state::QUESTION_START }
+    }
+
+    /// The same, of the rows that are computed.
+    pub fn question_row(&self) -> Shift<'_> {
+        Shift { ints: &self.journal, index: state::QUESTION_ROW }
     }
 
     /// The step's prompt, `[max_tokens]`.
@@ -307,7 +346,12 @@ impl StepBuffers {
             selected: selected.collect(),
             steps: steps
                 .iter()
-                .map(|step| (step.tokens as usize, step.context_tokens as usize, step.kept_tokens as usize))
+                .map(|step| StepCounts {
+                    tokens: step.tokens as usize,
+                    context_tokens: step.context_tokens as usize,
+                    kept_tokens: step.kept_tokens as usize,
+                    reused_tokens: step.first_row as usize,
+                })
                 .collect(),
             dropped_for_capacity: at(std::mem::offset_of!(ffi::GleanerState, dropped_for_capacity)) as usize,
         })
