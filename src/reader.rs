@@ -62,8 +62,8 @@ pub trait Reader: Send + Sync {
     fn set_graphs(&mut self, graphs: bool);
 
     /// Whether a step takes keys and values of the tokens that its prompt begins with from the step before, as far as the
-    /// two begin alike, as a GPU does unless told otherwise: a causal model has no others for them. The results are the same to
-    /// the bit. A CPU computes all tokens of each step.
+    /// two begin alike, as it does unless told otherwise: a causal model has no others for them. The results are the same to
+    /// the bit.
     fn set_reuse(&mut self, reuse: bool);
 
     /// The memory that a document and its answer take.

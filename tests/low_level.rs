@@ -5,9 +5,10 @@ mod common;
 #[path = "../examples/low_level.rs"]
 mod example;
 
-use common::{demo_dir, reports, root};
-use gleaner::plan::ReadParams;
-use gleaner::reader::{Detail, DropReason, StepReport};
+use common::{DEMO, demo_dir, noise_plan, reports, root, small_model};
+use gleaner::cpu::CpuReader;
+use gleaner::plan::{Plan, ReadParams};
+use gleaner::reader::{Detail, DropReason, Reader, StepReport};
 use gleaner::{AskParams, Device, Document, Engine};
 
 /// Its first so many bytes.
@@ -46,6 +47,30 @@ fn scores_come_only_when_asked_for_and_agree_with_the_selection() {
         let best = report.scores.iter().copied().fold(0.0, f32::max);
         assert_eq!(report.top_tokens[0].score as f32, best);
         assert_eq!(StepReport { scores: Vec::new(), ..report }, plain);
+    }
+}
+
+/// A step that takes keys and values of what it begins with from the step before comes out as one that computes all, to the
+/// bit: in a text, in noise of which all stays, and with the windows and norms that models may have.
+#[test]
+fn reused_rows_change_nothing() {
+    let everything = |vocab_size| Plan { topk: 4096, ..noise_plan(vocab_size, 45, 4096) };
+    let engine = Engine::open(demo_dir(), Device::Cpu).unwrap();
+    let params = AskParams { read: ReadParams { window_length: 256, ..ReadParams::default() }, ..AskParams::default() };
+    let frame = engine.frame("What is the name of the mayor of Pellinbridge?", &params).unwrap();
+    let (text, _) = engine.plan(&almanac(12_000), &frame, &params.read).unwrap();
+    let small = ["mistral_sliding", "qwen3"].map(|name| (name, small_model(name), everything(256)));
+    let demo = [("noise", everything(8000)), ("text", text)].map(|(name, plan)| (name, DEMO.clone(), plan));
+    for (name, model, plan) in small.into_iter().chain(demo) {
+        let mut reader = CpuReader::new(model);
+        let reusing = reports(&reader, &plan, Detail::Scores);
+        let reused: usize = reusing.iter().map(|report| report.reused_tokens).sum();
+        assert!(reused > 0, "{name}");
+        reader.set_reuse(false);
+        let mut computing = reports(&reader, &plan, Detail::Scores);
+        assert!(computing.iter().all(|report| report.reused_tokens == 0), "{name}");
+        computing.iter_mut().zip(&reusing).for_each(|(report, other)| report.reused_tokens = other.reused_tokens);
+        assert!(reusing == computing, "{name}");
     }
 }
 

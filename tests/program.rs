@@ -332,11 +332,9 @@ fn bench_measures_the_bundled_model_on_the_cpu() {
     let step_tokens = report["document"]["mean_step_tokens"].as_f64().unwrap();
     assert!((256.0..=70.0 + 128.0 + 256.0).contains(&step_tokens), "{step_tokens}");
     positive(&report["document"]["tokens_per_second"], "document");
-    assert_eq!(
-        report["document"]["mean_computed_tokens"], report["document"]["mean_step_tokens"],
-        "a CPU computes all"
-    );
-    assert!(report["document"]["seconds_without_reuse"].is_null());
+    let computed = report["document"]["mean_computed_tokens"].as_f64().unwrap();
+    assert!((256.0..=step_tokens).contains(&computed), "{computed} of {step_tokens}");
+    assert_eq!(report["document"]["seconds_without_reuse"].is_null(), computed == step_tokens);
     assert_eq!(report["answer"]["prompt_tokens"], 70 + 128);
     positive(&report["answer"]["prefill_ms"], "prefill");
     assert_eq!(report["answer"]["new_tokens"], 4);

@@ -34,13 +34,15 @@ pub struct Workspace {
     gate: Vec<f32>,
     up: Vec<f32>,
     panel: Vec<f32>,
-    cache: LayerCache,
+    /// Of each layer; of the last the keys alone.
+    caches: Vec<LayerCache>,
 }
 
 /// Upper bound of what [`Decoder::question_attention`] allocates for `tokens` tokens of which `question_rows` are read.
 pub fn workspace_bytes(config: &Config, tokens: usize, question_rows: usize) -> u64 {
     let (q_dim, kv_dim, mlp) = (config.q_dim(), config.kv_dim(), config.intermediate_size);
-    let widths = 2 * config.hidden_size + 2 * q_dim + 3 * kv_dim + 2 * mlp + config.head_dim;
+    let caches = (2 * config.num_hidden_layers - 1) * kv_dim;
+    let widths = 2 * config.hidden_size + 2 * q_dim + kv_dim + 2 * mlp + config.head_dim + caches;
     let largest_weight = config.hidden_size.max(q_dim) * mlp.max(q_dim).max(config.hidden_size);
     let probabilities = BLOCK_ROWS * tokens * rayon::current_num_threads();
     let floats = tokens * widths + probabilities + question_rows * tokens + largest_weight.min(PANEL_ELEMENTS);
@@ -64,7 +66,7 @@ impl<'a> Decoder<'a> {
 
     /// Runs an operation under its name.
     pub fn time<T>(&self, name: &str, work: Work, rows: usize, operation: impl FnOnce() -> T) -> T {
-        self.clock.time(self.stage, name, work, rows, operation)
+        self.clock.time(self.stage, name, work.flops(rows, 0), operation)
     }
 
     /// A product under its name.
@@ -147,12 +149,8 @@ impl<'a> Decoder<'a> {
         cache.v.extend_from_slice(&ws.kv);
 
         ws.attended.resize(rows * q_dim, 0.0);
-        let window = weights.sliding_window.unwrap_or(0);
-        let (work, keys) = match past {
-            0 => (Work::Attention { q_dim, kv_dim, window }, rows),
-            _ => (Work::DecodeAttention { q_dim, kv_dim, window }, past + rows),
-        };
-        self.time("attention", work, keys, || {
+        let work = Work::Attention { q_dim, kv_dim, window: weights.sliding_window.unwrap_or(0) };
+        self.clock.time(self.stage, "attention", work.flops(rows, past), || {
             self.attention(weights, past, &cache.k).attend(&mut ws.attended, &ws.q, &cache.v);
         });
         self.linear("product o", &mut ws.normed, &ws.attended, &weights.o_proj, &mut ws.panel);
@@ -181,32 +179,44 @@ impl<'a> Decoder<'a> {
     }
 
     /// Runs `tokens` through all layers but the last, and of that computes only what scores need: keys of all rows
-    /// and queries of the rows from `question_start` on. No values, no output projection, no MLP, no head.
-    pub fn question_attention(&self, ws: &mut Workspace, tokens: &[u32], question_start: usize) -> QuestionAttention {
+    /// and queries of the rows from `question_start` on. No values, no output projection, no MLP, no head. The first `reused`
+    /// tokens are those of the last run in `ws`, of which their keys and values are taken.
+    pub fn question_attention(
+        &self,
+        ws: &mut Workspace,
+        tokens: &[u32],
+        reused: usize,
+        question_start: usize,
+    ) -> QuestionAttention {
         let config = &self.model.config;
-        let mut cache = std::mem::take(&mut ws.cache);
-        self.embed(&mut ws.x, tokens);
+        let mut caches = std::mem::take(&mut ws.caches);
+        caches.resize_with(self.model.layers.len(), LayerCache::default);
+        for cache in &mut caches {
+            cache.k.truncate(reused * config.kv_dim());
+            cache.v.truncate(reused * config.kv_dim());
+        }
+        self.embed(&mut ws.x, &tokens[reused..]);
         let (last, layers) = self.model.layers.split_last().expect("a checked configuration has layers");
-        for (index, layer) in layers.iter().enumerate() {
+        for (index, (layer, cache)) in layers.iter().zip(&mut caches).enumerate() {
             let _layer = range!("layer {index}");
-            cache.k.clear();
-            cache.v.clear();
-            self.layer(layer, ws, &mut cache);
+            self.layer(layer, ws, cache);
         }
         self.norm(&mut ws.normed, &ws.x, &last.input_layernorm);
-        ws.kv.resize(tokens.len() * config.kv_dim(), 0.0);
+        ws.kv.resize((tokens.len() - reused) * config.kv_dim(), 0.0);
         let (q_norm, k_norm) = (last.q_norm.as_ref(), last.k_norm.as_ref());
-        self.rotated_heads("product k", &mut ws.kv, &ws.normed, &last.k_proj, k_norm, 0, &mut ws.panel);
+        self.rotated_heads("product k", &mut ws.kv, &ws.normed, &last.k_proj, k_norm, reused, &mut ws.panel);
+        let keys = &mut caches[layers.len()].k;
+        keys.extend_from_slice(&ws.kv);
         let rows = tokens.len() - question_start;
         ws.q.resize(rows * config.q_dim(), 0.0);
-        let question = &ws.normed[question_start * config.hidden_size..];
+        let question = &ws.normed[(question_start - reused) * config.hidden_size..];
         let panel = &mut ws.panel;
         self.rotated_heads("product q", &mut ws.q, question, &last.q_proj, q_norm, question_start, panel);
         let work = Work::QuestionLogits { question_rows: rows, q_dim: config.q_dim(), kv_dim: config.kv_dim() };
         let head_sums = self.time("question_logits", work, tokens.len(), || {
-            self.attention(last, question_start, &ws.kv).head_sums(&ws.q)
+            self.attention(last, question_start, keys).head_sums(&ws.q)
         });
-        ws.cache = cache;
+        ws.caches = caches;
         QuestionAttention { head_sums, tokens: tokens.len() }
     }
 

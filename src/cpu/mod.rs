@@ -26,6 +26,7 @@ use crate::{Error, Result};
 /// step's activations.
 pub struct CpuReader {
     model: Arc<Model>,
+    reuse: bool,
 }
 
 /// The scores of one step, as [`CpuReader::score_step`] returns them.
@@ -40,7 +41,7 @@ pub struct StepScores {
 impl CpuReader {
     /// A reader for `model`.
     pub fn new(model: Arc<Model>) -> CpuReader {
-        CpuReader { model }
+        CpuReader { model, reuse: true }
     }
 
     /// One step on its own: scores the tokens of `context` in `prompt` by the attention of the rows from
@@ -71,7 +72,7 @@ impl CpuReader {
             return Err(Error::Plan(format!("{} weights for {rows} question rows", question_weights.len())));
         }
         let decoder = Decoder::new(&self.model, prompt.len());
-        let attention = decoder.question_attention(&mut Workspace::default(), prompt, question_start);
+        let attention = decoder.question_attention(&mut Workspace::default(), prompt, 0, question_start);
         score(&attention, context, phrase_width, topk, question_weights).ok_or(Error::NotFinite { step: 0 })
     }
 
@@ -86,7 +87,7 @@ impl CpuReader {
             return Err(Error::Plan(format!("row {from} of a prompt of {} tokens", prompt.len())));
         }
         let decoder = Decoder::new(&self.model, prompt.len());
-        Ok(decoder.question_attention(&mut Workspace::default(), prompt, from).head_sums)
+        Ok(decoder.question_attention(&mut Workspace::default(), prompt, 0, from).head_sums)
     }
 
     /// Hidden states behind the final norm and logits of every row of `prompt`: `[prompt.len(), hidden_size]` and
@@ -162,6 +163,12 @@ impl Prompt {
     }
 }
 
+/// Tokens that both begin with, in whole blocks of attention: so each row is computed as it would be with all.
+fn reused_tokens(before: &[u32], tokens: &[u32]) -> usize {
+    let same = before.iter().zip(tokens).take_while(|(a, b)| a == b).count();
+    same / attention::BLOCK_ROWS * attention::BLOCK_ROWS
+}
+
 impl CpuReader {
     /// All steps of `plan`, which is checked, with one decoder.
     fn read_steps(
@@ -174,11 +181,13 @@ impl CpuReader {
         let mut ws = Workspace::default();
         let mut question_weights = Vec::new();
         let mut gleaned = Gleaned { kept: Vec::new(), dropped_for_capacity: 0 };
+        let mut before: Vec<u32> = Vec::new();
         for step in 0..plan.chunks() {
             let _step = range!("step {step}");
             let prompt = Prompt::new(plan, step, &gleaned.kept);
             let question_start = prompt.context.end + plan.question_start as usize;
-            let attention = decoder.question_attention(&mut ws, &prompt.tokens, question_start);
+            let reused = if self.reuse { reused_tokens(&before, &prompt.tokens[..question_start]) } else { 0 };
+            let attention = decoder.question_attention(&mut ws, &prompt.tokens, reused, question_start);
             let (phrase_width, topk) = (plan.phrase_width as usize, plan.topk as usize);
             let StepScores { scores, selected } = decoder
                 .time("score", Work::Uncounted, prompt.tokens.len(), || {
@@ -199,7 +208,7 @@ impl CpuReader {
                 step,
                 steps: plan.chunks(),
                 tokens: prompt.tokens.len(),
-                reused_tokens: 0,
+                reused_tokens: reused,
                 context_tokens: prompt.context.len(),
                 retained_tokens: gleaned.kept.iter().map(|kept| plan.sentence_len(kept.sentence)).sum(),
                 kept: gleaned.kept.clone(),
@@ -213,6 +222,7 @@ impl CpuReader {
             if observe(&report).is_break() {
                 return Err(Error::Cancelled);
             }
+            before = prompt.tokens;
         }
         Ok(gleaned)
     }
@@ -294,7 +304,9 @@ impl Reader for CpuReader {
 
     fn set_graphs(&mut self, _: bool) {}
 
-    fn set_reuse(&mut self, _: bool) {}
+    fn set_reuse(&mut self, reuse: bool) {
+        self.reuse = reuse;
+    }
 
     fn memory(&self, request: &MemoryRequest) -> Memory {
         let PlanShape { max_step_tokens, question_rows, .. } = request.plan;
