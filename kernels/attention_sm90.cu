@@ -5,10 +5,10 @@
 // of this one's probabilities with the values, and computes the next probabilities while the tensor cores work on that product.
 // Tiles go from the diagonal to the left: all but the first are whole, or cut by the window alone.
 //
-// Exponentials are taken against the maximum of a row's first tile: what tensor cores and exponentials compete for are the
-// registers' ports, and maxima of all tiles would take a fourth of them. Probabilities far above 1 are as exact as those
-// below, for bf16 has the exponents of fp32. Where they come near its end, for a row whose largest score lies far from its
-// first tile, the tile is computed again against its own maximum. A row is judged by its own scores alone.
+// Exponentials are taken against the maximum of a row's first tile: tensor cores and other instructions slow each other down,
+// and maxima of all tiles would be a fifth of those. Probabilities far above 1 are as exact as those below, for bf16 has the
+// exponents of fp32. Where a row's sums come near the end of these, because a far tile has a far larger score, that tile is
+// computed again and the row takes its maximum. Whether it does depends on the row's own scores alone.
 //
 // The pieces are dealt to the CTAs by their lengths, so that all have nearly the same number of tiles. The order of sums does
 // not depend on that, nor on the number of warpgroups: a row sees the same tiles in the same order.
@@ -22,7 +22,8 @@ namespace {
 
 constexpr int kKeys = 128, kGroupRows = 64, kBoxRows = 64;
 constexpr int kMaxGroups = 3, kMaxStages = 4;
-constexpr int kTurns = 2, kGroups0 = kTurns + kMaxGroups;  // the first of the barriers for turns, and of those of one group
+constexpr int kTurns = 2;  // the first of the barriers for turns; 1 is that of all warpgroups that multiply
+constexpr int kGroupBarriers = kTurns + kMaxGroups;  // the first of those that are each of one warpgroup
 constexpr float kMostSum = 0x1p60f;  // of a lane's probabilities of a tile
 
 // What a CTA of this many warpgroups that multiply works with.
@@ -47,10 +48,10 @@ struct Args {
 
 // The tiles and barriers of a CTA, in shared memory.
 struct Shared {
-    uint32_t q, k, v;              // one tile, and rings of them
-    uint32_t q_full, q_empty;      // barriers
+    uint32_t q, k, v;                           // the queries of a piece, and rings of tiles
+    uint32_t q_full, q_empty;                   // barriers
     uint32_t k_full, k_empty, v_full, v_empty;  // the first of a ring's
-    uint32_t over;                 // of each warpgroup, two words: whether a sum of a tile in turn is above kMostSum
+    uint32_t over;                              // two words a warpgroup: whether a sum of a tile is above kMostSum
 };
 
 // One piece of work: rows from m0 on of one head, and the tiles of keys that they see.
@@ -249,9 +250,9 @@ __device__ void consume(const Args &args, const Shared &shared) {
                 exponentials();
                 round_probabilities();
                 // All have read the word before it is cleared, and none sets it before.
-                sync_threads<128>(kGroups0 + group);
+                sync_threads<128>(kGroupBarriers + group);
                 if (thread % 128 == 0) store_word(over_word(tile), 0);
-                sync_threads<128>(kGroups0 + group);
+                sync_threads<128>(kGroupBarriers + group);
             }
             release(shared.k_empty, at);
             row_sum[0] += tile_sum[0];
@@ -305,7 +306,7 @@ __device__ void consume(const Args &args, const Shared &shared) {
             previous = at;
             at.next();
         }
-        sync_threads<128>(kGroups0 + group);
+        sync_threads<128>(kGroupBarriers + group);
         settle(piece.first_tile, previous);
         if (leads) barrier_arrive_here(shared.q_empty);
         wait_for(shared.v_full, previous);
