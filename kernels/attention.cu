@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int kRows = 64, kKeys = 64, kThreads = 128;
+constexpr int kRows = GLEANER_ROW_BLOCK, kKeys = 64, kThreads = 128;
 
 struct Args {
     bf16 *out;        // [rows - first_row, num_heads * head_dim]

@@ -114,7 +114,7 @@ int32_t gleaner_attention_sm90(void *out, const void *qkv, const int32_t *rows, 
                                int32_t window, void *stream);
 
 // Rows that attention takes together: a row's result is the same whichever of these blocks are computed.
-#define GLEANER_ROW_BLOCK 128
+#define GLEANER_ROW_BLOCK 64
 
 // Where the reading of a document stands.
 typedef struct {

@@ -1,6 +1,7 @@
 //! Attention over a prompt, and of one new row over a cache.
 
 use gleaner::cuda::ops::{AttentionParts, Heads, ROW_BLOCK};
+use half::bf16;
 use rayon::prelude::*;
 
 use super::{BF16_ROUNDING, Gpu, READING_LENGTHS, check, check_within, scaled_noise, to_f32};
@@ -40,16 +41,19 @@ fn definition(qkv: &[f32], heads: Heads, rows: usize) -> (Vec<f64>, Vec<f64>) {
     (expected, allowed)
 }
 
-/// Both kernels; the second on the last row.
+/// Both kernels on noise; the second on the last row.
 fn check_attention(gpu: &mut Gpu, heads: Heads, rows: usize) -> f64 {
+    check_attention_to(gpu, heads, rows, &scaled_noise(rows * heads.qkv_columns(), 9, 2.0))
+}
+
+fn check_attention_to(gpu: &mut Gpu, heads: Heads, rows: usize, qkv: &[bf16]) -> f64 {
     let Heads { q, kv, dim, window } = heads;
     let width = heads.qkv_columns();
-    let qkv = scaled_noise(rows * width, 9, 2.0);
-    let (expected, allowed) = definition(&to_f32(&qkv), heads, rows);
+    let (expected, allowed) = definition(&to_f32(qkv), heads, rows);
 
     gpu.set(rows, [0, 0]);
     let mut out = gpu.canaries(rows, q * dim);
-    let qkv_gpu = gpu.with_junk(&qkv, width);
+    let qkv_gpu = gpu.with_junk(qkv, width);
     gpu.device.attention(&mut out, &qkv_gpu, heads, gpu.rows(rows), None).unwrap();
     let op = format!("attention [{rows}, {q} of {kv} heads of {dim}, window {window}]");
     let worst = check_within(&gpu.download(&out, rows * q * dim, &op), &expected, |i| allowed[i], &op);
@@ -122,6 +126,41 @@ fn attention_of_every_group_size() {
         }
     }
     println!("attention of every group size: worst error {worst:.2} of the bound");
+}
+
+/// So many heads that a kernel that takes more rows at once where there is work enough does so.
+#[test]
+#[ignore = "needs a GPU"]
+fn attention_of_many_heads() {
+    let mut gpu = Gpu::open();
+    let mut worst = 0.0f64;
+    for (q, kv, dim, window) in [(36, 4, 64, 0), (36, 4, 64, 300)] {
+        for rows in [1151, 1152, 1217, 1500] {
+            worst = worst.max(check_attention(&mut gpu, Heads { q, kv, dim, window }, rows));
+        }
+    }
+    println!("attention of many heads: worst error {worst:.2} of the bound");
+}
+
+/// Keys far from most rows whose logits are above all others by some 50 and some 150: as exponentials, more than fp32 holds.
+#[test]
+#[ignore = "needs a GPU"]
+fn attention_to_far_keys() {
+    let mut gpu = Gpu::open();
+    let mut worst = 0.0f64;
+    for (q, kv, dim, window) in [(6, 2, 64, 0), (36, 4, 64, 0), (4, 2, 128, 0), (6, 2, 64, 500)] {
+        let (heads, rows) = (Heads { q, kv, dim, window }, 1151);
+        let width = heads.qkv_columns();
+        let mut qkv = scaled_noise(rows * width, 9, 2.0);
+        for (keys, factor) in [(0..20, 64.0), (300..320, 20.0)] {
+            for key in keys {
+                let head = key * width + q * dim..key * width + (q + kv) * dim;
+                qkv[head].iter_mut().for_each(|x| *x = bf16::from_f32(x.to_f32() * factor));
+            }
+        }
+        worst = worst.max(check_attention_to(&mut gpu, heads, rows, &qkv));
+    }
+    println!("attention to far keys: worst error {worst:.2} of the bound");
 }
 
 #[test]
