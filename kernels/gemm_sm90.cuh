@@ -17,7 +17,7 @@
 
 constexpr int kTileK = kBoxColumns;
 constexpr int kCluster = 2;  // CTAs
-constexpr int kABox = 64, kWeightBox = 32;  // rows of a and of the weight in a copy
+constexpr int kABox = 64, kWeightBox = 16;  // rows of a and of the weight in a copy
 constexpr int kStripBytes = 64 * kTileK * 2;  // of the rows that a warpgroup multiplies
 
 // A tile of the output, and the ring its stages make.
@@ -117,8 +117,9 @@ __device__ inline Stages make_stages(const CUtensorMap *a_map, const CUtensorMap
 template <class T, class Behind>
 __device__ void produce(const CUtensorMap *a_map, const CUtensorMap *weight_map, const Schedule &schedule,
                         const Stages &stages, const Behind &behind) {
-    constexpr int kHalf = T::n / kCluster;
-    const int first = cluster_rank() * kHalf;
+    // The CTAs take the boxes of the weight by turns, for a half of them need not be a whole number.
+    constexpr int kTurns = (T::n / kWeightBox + kCluster - 1) / kCluster;
+    const int first = cluster_rank() * kWeightBox;
     typename T::At at;
     for (int pair = schedule.cluster(); pair < schedule.pairs; pair += schedule.clusters()) {
         const int row = schedule.row_start + schedule.row<T>(pair), column = schedule.column<T>(pair);
@@ -133,9 +134,12 @@ __device__ void produce(const CUtensorMap *a_map, const CUtensorMap *weight_map,
             for (int box = 0; box < T::m; box += kABox)
                 copy_box(a + box * kTileK * 2, a_map, row + box, k_tile * kTileK, barrier);
 #pragma unroll
-            for (int box = first; box < first + kHalf; box += kWeightBox)
-                copy_box_to(weight + box * kTileK * 2, weight_map, column + box, k_tile * kTileK, barrier,
-                            (1 << kCluster) - 1);
+            for (int turn = 0; turn < kTurns; ++turn) {
+                const int box = first + turn * (kCluster * kWeightBox);
+                if (box < T::n)
+                    copy_box_to(weight + box * kTileK * 2, weight_map, column + box, k_tile * kTileK, barrier,
+                                (1 << kCluster) - 1);
+            }
         }
         behind(at, row, column);
     }
