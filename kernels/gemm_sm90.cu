@@ -233,7 +233,7 @@ __device__ void fill_side(const CUtensorMap *side_map, const Epilogue &epilogue,
 #pragma unroll 1
         for (int chunk = 0; chunk < chunks; ++chunk)
 #pragma unroll
-            for (int box = 0; box < T::m; box += kABox)
+            for (int box = 0; box < T::m; box += kStrip)
                 copy_box(stage + chunk * kBoxBytes + box * kSideRowBytes, side_map, row + box,
                          epilogue.side_column(tile_column + (first + chunk) * kChunk), barrier);
     }
@@ -277,11 +277,15 @@ __device__ void finish(const Epilogue &epilogue, const float (&c)[T::n / 2], con
 template <class T, class Epilogue>
 __device__ void consume(const Epilogue &epilogue, const Schedule &schedule, const Stages &stages,
                         uint32_t staging) {
-    const int warp = threadIdx.x / 32 - 4;
-    if (warp >= T::m / 16) return;
+    // The same for all lanes, in a form that the compiler can see: the branch below would cost dear else.
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) - 4;
     typename T::At at;
-    for (int pair = schedule.cluster(); pair < schedule.pairs; pair += schedule.clusters()) {
-        const int row = schedule.row<T>(pair) + warp * 16, tile_column = schedule.column<T>(pair);
+    for (int pair = schedule.cluster(); pair < schedule.pairs<T>(); pair += schedule.clusters()) {
+        const int tile_row = schedule.row<T>(pair), row = tile_row + warp * 16, tile_column = schedule.column<T>(pair);
+        if (warp / 4 >= schedule.strips<T>(tile_row)) {
+            skip_stages(stages, at, schedule.k_tiles + divide_up(kChunksOf<T>, kChunksOfStage<T>));
+            continue;
+        }
         typename Epilogue::OfTile of_tile = epilogue.load_tile(row);
         const auto loaded = epilogue.template load<T::n>(tile_column);
         float c[1][T::n / 2];
@@ -293,27 +297,27 @@ __device__ void consume(const Epilogue &epilogue, const Schedule &schedule, cons
 
 template <class Groups, class Epilogue>
 __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads<Groups>, 1)
-    gemm_sm90_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap weight_map,
+    gemm_sm90_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ WeightMaps weight_maps,
                      const Operands operands, const __grid_constant__ CUtensorMap side_map, Epilogue epilogue) {
     using Tiles = typename Groups::template Tiles<Epilogue>;
-    const Schedule schedule = Tiles::schedule(operands);
-    int warps = 0;
-    Tiles::with(schedule.tile, [&](auto tile) { warps = tile.m / 16; });
-    const Stages stages = make_stages(&a_map, &weight_map, warps);
+    const Schedule schedule(operands);
+    const Stages stages = make_stages(&a_map, weight_maps, Groups::kGroups * 4);
+    const int tile_chosen = Tiles::choose(schedule);
+    cluster_wait();
     epilogue.rows = schedule.rows, epilogue.row_start = schedule.row_start;
     // The roles are the two branches of one condition: what setmaxnreg asks for.
     if (threadIdx.x < 128) {
         give_registers<Groups::kCopyRegisters>();
         if (threadIdx.x == 0)
-            Tiles::with(schedule.tile, [&](auto tile) {
+            Tiles::with(tile_chosen, [&](auto tile) {
                 using T = decltype(tile);
-                produce<T>(&a_map, &weight_map, schedule, stages, [&](auto &at, int row, int tile_column) {
+                produce<T>(&a_map, weight_maps, schedule, stages, [&](auto &at, int row, int tile_column) {
                     fill_side<T>(&side_map, epilogue, stages, at, row, tile_column);
                 });
             });
     } else {
         take_registers<Groups::kRegisters>();
-        Tiles::with(schedule.tile, [&](auto tile) {
+        Tiles::with(tile_chosen, [&](auto tile) {
             consume<decltype(tile)>(epilogue, schedule, stages, stages.ring + Groups::kRingBytes);
         });
     }
@@ -325,7 +329,7 @@ int32_t launch(const void *a, int a_rows, const void *weight, const Operands &op
                int side_rows, int side_columns, const Epilogue &epilogue, void *stream) {
     CUtensorMap side_map;
     int clusters;
-    if (const int32_t status = make_tensor_map(&side_map, side, side_rows, side_columns, kABox)) return status;
+    if (const int32_t status = make_tensor_map(&side_map, side, side_rows, side_columns, kStrip)) return status;
     if (const int32_t status = count_clusters(&clusters)) return status;
     const auto with = [&](auto groups) {
         using Groups = decltype(groups);

@@ -8,6 +8,15 @@
 
 __host__ __device__ inline int divide_up(int a, int b) { return (a + b - 1) / b; }
 
+// a / b for 0 <= a < 2^20 and b > 0, in few instructions: the half that is added is more than what is lost in rounding.
+__host__ __device__ inline int divide_fast(int a, int b) {
+#ifdef __CUDA_ARCH__
+    return static_cast<int>(__fdividef(static_cast<float>(a) + 0.5f, static_cast<float>(b)));
+#else
+    return a / b;
+#endif
+}
+
 // A matrix [rows, columns] of bf16 or fp32, row-major, that is copied in boxes of 128 bytes of each row: 64 columns of bf16. A
 // box lies in shared memory as rows of 128 bytes whose 16-byte pieces are swizzled: piece p of row r lies at p ^ (r % 8), so
 // the box must start at a multiple of 1024. What a box has beyond the matrix is filled with zeros.
@@ -93,11 +102,10 @@ __device__ inline uint32_t cluster_rank() {
     return rank;
 }
 
-// Waits for all threads of the cluster. Of what they wrote, it promises what a fence before it does, and no more: a promise
-// about all memory would cost a wait.
-__device__ inline void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
+// Waits for all threads of the cluster to arrive. Of what they wrote, it promises what a fence before it does, and no more: a
+// promise about all memory would cost a wait.
+__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 // Copies the box whose first element is (row, column).
 __device__ inline void copy_box(uint32_t to, const CUtensorMap *map, int row, int column, uint32_t barrier) {
