@@ -49,13 +49,12 @@ __device__ inline void store_shared(uint32_t address, float x, float y) {
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
 }
 
-// What belongs to a tile's columns, two a lane, and two more for each 64 of them: loaded before the product, for a load
-// within the loop over chunks would be waited for in each round.
+// A value for each of a tile's columns: a lane holds those of two columns, of each 64. Loaded before the product.
 template <int kColumns>
 struct OfColumns {
     static constexpr int kWords = (kColumns + 63) / 64;
     uint32_t words[kWords];
-    // `from` [n] may be null, for zeros.
+    // From `from` [n], or zeros if that is null.
     __device__ OfColumns(const bf16 *from, int tile_column, int n) {
 #pragma unroll
         for (int i = 0; i < kWords; ++i) {
@@ -63,7 +62,7 @@ struct OfColumns {
             words[i] = from ? __ldg(reinterpret_cast<const uint32_t *>(from + column)) : 0;
         }
     }
-    // Of four columns from `at` of the tile on, for a whole warp at once; at / 64 is the same for all lanes.
+    // Those of four columns from the tile's column `at` on. All lanes ask at once, with the same at / 64.
     __device__ float4 four(int at) const {
         uint32_t word = words[0];
 #pragma unroll
@@ -75,8 +74,15 @@ struct OfColumns {
     }
 };
 
-__device__ inline void store_four(bf16 *to, float4 v) {
-    *reinterpret_cast<uint2 *>(to) = {pack(v.x, v.y), pack(v.z, v.w)};
+__device__ inline uint2 pack_four(float4 v) { return {pack(v.x, v.y), pack(v.z, v.w)}; }
+
+// Of two neighbouring lanes with an a and a b each, the even one gets both a, the odd one both b: to be stored as one, for the
+// cost of a store is that of the rows it touches.
+__device__ inline uint4 exchange(uint2 a, uint2 b) {
+    const bool odd = threadIdx.x & 1;
+    const uint32_t x = __shfl_xor_sync(0xffffffffu, odd ? a.x : b.x, 1);
+    const uint32_t y = __shfl_xor_sync(0xffffffffu, odd ? a.y : b.y, 1);
+    return odd ? uint4{x, y, b.x, b.y} : uint4{a.x, a.y, x, y};
 }
 
 // a * factor + b
@@ -98,6 +104,7 @@ __device__ inline size_t start_of(int row, int width) {
 // lie, `side` where what belongs to them does. Columns from `end` on are another tile's, or nobody's.
 
 // Eight threads a row, with four columns each.
+// Tiles may end within a chunk.
 struct AddToStream {
     using TilesOfTwo = Menu<kTileCost, Two::Of<112>, Two::Of<128>, Two::Of<160>, Two::Of<192>, Two::Of<256>>;
     using TilesOfThree = Menu<kTileCost, Three::Of<112>, Three::Of<128>, Three::Of<192>>;
@@ -108,6 +115,7 @@ struct AddToStream {
     int slots, n, rows = 0, row_start = 0;
     struct OfTile {
         float square[4] = {};
+        uint2 scaled[4];  // of the chunk before, if that had an even number
     };
     template <int kColumns>
     struct Loaded {
@@ -130,20 +138,29 @@ struct AddToStream {
             sums[i] = scaled_sum(load_shared(staged + row_of(i) * kPitchBytes + part * 16), 1.f, bias_four);
             sums[i] = scaled_sum(load_side(side, row_of(i), part), 1.f, sums[i]);
         }
-        const bool inside = column < end;
+        const bool inside = column < end, even = chunk % 2 == 0;
+        uint2 own[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const float4 sum = sums[i];
-            const bool alive = inside && row + row_of(i) < rows;
-            const size_t at = start_of(row + row_of(i), n) + column;
-            if (alive) *reinterpret_cast<float4 *>(x + at) = sum;
-            if (alive)
-                store_four(scaled + at, {sum.x * weights.x, sum.y * weights.y, sum.z * weights.z, sum.w * weights.w});
+            if (inside && row + row_of(i) < rows)
+                *reinterpret_cast<float4 *>(x + start_of(row + row_of(i), n) + column) = sum;
+            own[i] = pack_four({sum.x * weights.x, sum.y * weights.y, sum.z * weights.z, sum.w * weights.w});
             const float square = sum.x * sum.x + sum.y * sum.y + (sum.z * sum.z + sum.w * sum.w);
             of_tile.square[i] += inside ? square : 0.f;
+            if (even) of_tile.scaled[i] = own[i];
+        }
+        // Two chunks of `scaled` make whole lines. A last one without a second has no columns for the odd lanes.
+        if (even && tile_column + (chunk + 1) * kChunk < end) return;
+        const int pair_column = tile_column + chunk / 2 * (2 * kChunk) + part / 2 * 8 + part % 2 * kChunk;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const uint4 group = exchange(of_tile.scaled[i], own[i]);
+            if (pair_column < end && row + row_of(i) < rows)
+                *reinterpret_cast<uint4 *>(scaled + start_of(row + row_of(i), n) + pair_column) = group;
         }
     }
-    // All of a tile's squares go to its first slot.
+    // All of a tile's squares go to the first of its slots: those whose columns end within it.
     __device__ void finish_tile(int row, int tile_column, int columns, OfTile &of_tile) const {
         const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -175,9 +192,10 @@ __device__ inline QuadSums quad_sums(uint32_t staged, int i, float factor, const
 
 // Heads in the columns below rope_columns are rotated by angles that come as cosines and sines by turns, [positions,
 // head_dim].
+// Angles come for whole chunks of a head, so that tiles hold whole chunks.
 struct RotateHeads {
     using TilesOfTwo = Menu<kTileCost, Two::Of<128>, Two::Of<160>, Two::Of<192>, Two::Of<256>>;
-    using TilesOfThree = Menu<kTileCost, Three::Of<96>, Three::Of<128>, Three::Of<160>, Three::Of<192>>;
+    using TilesOfThree = Menu<kTileCost, Three::Of<128>, Three::Of<160>, Three::Of<192>>;
     bf16 *out;
     const bf16 *bias;
     RowNorm norm;
@@ -201,25 +219,26 @@ struct RotateHeads {
     __device__ void finish(uint32_t staged, uint32_t side, int row, int tile_column, int chunk, int end, OfTile &of_tile,
                            const Loaded<kColumns> &of_bias) const {
         const int in_tile = quad_column(chunk * kChunk), column = tile_column + in_tile, piece = threadIdx.x % 4 * 2;
+        const int group_column = tile_column + chunk * kChunk + static_cast<int>(threadIdx.x) % 4 * 8;
         const QuadSums bias_sums{of_bias.four(in_tile), of_bias.four(in_tile + 8)};
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const auto [low, high] = quad_sums(staged, i, of_tile.factors[i], bias_sums);
             float4 a = load_side(side, quad_row(i), piece), b = load_side(side, quad_row(i), piece + 1);
             if (column >= rope_columns) a = b = {1.f, 0.f, 1.f, 0.f};
-            bf16 *to = out + start_of(row + quad_row(i), n) + column;
-            if (row + quad_row(i) >= rows || column >= end) continue;
-            store_four(to, {low.x * a.x - high.x * a.y, low.y * a.z - high.y * a.w, low.z * b.x - high.z * b.y,
-                            low.w * b.z - high.w * b.w});
-            store_four(to + 8, {high.x * a.x + low.x * a.y, high.y * a.z + low.y * a.w, high.z * b.x + low.z * b.y,
-                                high.w * b.z + low.w * b.w});
+            const uint4 group = exchange(pack_four({low.x * a.x - high.x * a.y, low.y * a.z - high.y * a.w,
+                                                    low.z * b.x - high.z * b.y, low.w * b.z - high.w * b.w}),
+                                         pack_four({high.x * a.x + low.x * a.y, high.y * a.z + low.y * a.w,
+                                                    high.z * b.x + low.z * b.y, high.w * b.z + low.w * b.w}));
+            if (row + quad_row(i) < rows && group_column < end)
+                *reinterpret_cast<uint4 *>(out + start_of(row + quad_row(i), n) + group_column) = group;
         }
     }
     __device__ void finish_tile(int, int, int, OfTile &) const {}
     __device__ int side_column(int chunk_column) const { return chunk_column & (head_dim - 1); }
 };
 
-// Fills the stages behind those of a product.
+// Fills the stages behind those of a product. What a box has beyond the tile is not used: another CTA may be writing it.
 template <class T, class Epilogue>
 __device__ void fill_side(const CUtensorMap *side_map, const Epilogue &epilogue, const Stages &stages,
                           typename T::At &at, int row, int tile_column) {
@@ -277,11 +296,12 @@ __device__ void finish(const Epilogue &epilogue, const float (&c)[T::n / 2], con
 template <class T, class Epilogue>
 __device__ void consume(const Epilogue &epilogue, const Schedule &schedule, const Stages &stages,
                         uint32_t staging) {
-    // The same for all lanes, in a form that the compiler can see: the branch below would cost dear else.
+    // Taken from one lane, for the compiler to see that a warp branches as one: else it mistrusts the descriptors, too.
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) - 4;
     typename T::At at;
     for (int pair = schedule.cluster(); pair < schedule.pairs<T>(); pair += schedule.clusters()) {
-        const int tile_row = schedule.row<T>(pair), row = tile_row + warp * 16, tile_column = schedule.column<T>(pair);
+        const auto [tile_row, tile_column] = schedule.place<T>(pair);
+        const int row = tile_row + warp * 16;
         if (warp / 4 >= schedule.strips<T>(tile_row)) {
             skip_stages(stages, at, schedule.k_tiles + divide_up(kChunksOf<T>, kChunksOfStage<T>));
             continue;
@@ -342,7 +362,7 @@ int32_t launch(const void *a, int a_rows, const void *weight, const Operands &op
         int sum = 0;
         for (int part = 14; part <= 16; ++part)
             sum += decltype(groups)::template Tiles<Epilogue>::choose(divide_up(max_rows * part, 16), operands.n,
-                                                   divide_up(operands.k, kTileK), clusters).cost;
+                                                                      divide_up(operands.k, kTileK), clusters).cost;
         return sum;
     };
     return cost(Three{}) < cost(Two{}) ? with(Three{}) : with(Two{});

@@ -9,15 +9,15 @@
 // rows, so that the device chooses from a kernel's menu.
 //
 // Rows of a beyond the live count may hold anything: a row of a touches its own row of the product alone. Pairs of tiles
-// without a live row do not exist.
+// without a live row do not exist, and strips of 64 rows without one are not fetched.
 #pragma once
 
 #include "epilogue.cuh"
 #include "hopper.cuh"
 
 constexpr int kTileK = kBoxColumns;
-constexpr int kCluster = 2;  // CTAs
-constexpr int kStrip = 64;  // rows that a warpgroup multiplies at once; of a in a copy, too
+constexpr int kCluster = 2;   // CTAs
+constexpr int kStrip = 64;   // rows that a warpgroup multiplies at once, and of a in a copy
 constexpr int kStripBytes = kStrip * kTileK * 2;
 constexpr int kWeightBox = 32;  // rows of the weight in a copy, and half of them in a last one
 
@@ -37,7 +37,8 @@ struct Operands {
     int n, k;
 };
 
-// The work of all clusters: pairs of tiles, those of the same columns one after the other.
+// The work of all clusters: pairs of tiles. Those that share the larger operand, rows of a or the weights of some columns, come
+// one after the other: it may be too large for the L2 cache to hold until the next round.
 struct Schedule {
     int rows, row_start, n, k_tiles;
     __device__ explicit Schedule(const Operands &operands)
@@ -55,16 +56,16 @@ struct Schedule {
     __device__ int pairs() const {
         return pairs_m<T>() * divide_up(n, T::n);
     }
+    // The first row and column of this CTA's tile.
     template <class T>
-    __device__ int row(int pair) const {
-        const int down = pair - divide_fast(pair, pairs_m<T>()) * pairs_m<T>();
-        return (down * kCluster + cluster_rank()) * T::m;
+    __device__ int2 place(int pair) const {
+        const bool along_rows = rows > n;
+        const int line = along_rows ? divide_up(n, T::n) : pairs_m<T>();
+        const int slow = divide_fast(pair, line), fast = pair - slow * line;
+        const int down = (along_rows ? slow : fast) * kCluster + static_cast<int>(cluster_rank());
+        return {down * T::m, (along_rows ? fast : slow) * T::n};
     }
-    template <class T>
-    __device__ int column(int pair) const {
-        return divide_fast(pair, pairs_m<T>()) * T::n;
-    }
-    // Strips of the tile from `row` on that have a live row. The others are neither fetched nor multiplied.
+    // How many strips of the tile from `row` on have a live row.
     template <class T>
     __device__ int strips(int row) const {
         return min(max(divide_up(rows - row, kStrip), 0), T::m / kStrip);
@@ -145,7 +146,8 @@ __device__ void produce(const CUtensorMap *a_map, const WeightMaps &weight_maps,
     constexpr uint16_t kAll = (1 << kCluster) - 1;
     typename T::At at;
     for (int pair = schedule.cluster(); pair < schedule.pairs<T>(); pair += schedule.clusters()) {
-        const int row = schedule.row<T>(pair), column = schedule.column<T>(pair), strips = schedule.strips<T>(row);
+        const auto [row, column] = schedule.place<T>(pair);
+        const int strips = schedule.strips<T>(row);
 #pragma unroll 1
         for (int k_tile = 0; k_tile < schedule.k_tiles; ++k_tile, at.next()) {
             const uint32_t a = stages.ring + at.stage * T::kStageBytes, weight = a + T::kABytes;
@@ -202,7 +204,7 @@ __device__ int multiply_stages(float (&c)[kStrips][T::n / 2], const Stages &stag
     return previous;
 }
 
-// Waits for stages that this warp has no use for.
+// Lets stages pass that this warp has no use for.
 template <class At>
 __device__ void skip_stages(const Stages &stages, At &at, int count) {
     const int lane = threadIdx.x % 32;
@@ -235,11 +237,13 @@ int32_t launch_gemm(void (*kernel)(CUtensorMap, WeightMaps, Operands, Parameters
                     void *stream, Arguments... arguments) {
     CUtensorMap a_map;
     WeightMaps weight_maps;
-    const auto *rows = static_cast<const bf16 *>(weight);
+    const auto *of_weight = static_cast<const bf16 *>(weight);
     if (const int32_t status = make_tensor_map(&a_map, static_cast<const bf16 *>(a), a_rows, operands.k, kStrip))
         return status;
-    if (const int32_t status = make_tensor_map(&weight_maps.whole, rows, operands.n, operands.k, kWeightBox)) return status;
-    if (const int32_t status = make_tensor_map(&weight_maps.half, rows, operands.n, operands.k, kWeightBox / 2)) return status;
+    if (const int32_t status = make_tensor_map(&weight_maps.whole, of_weight, operands.n, operands.k, kWeightBox))
+        return status;
+    if (const int32_t status = make_tensor_map(&weight_maps.half, of_weight, operands.n, operands.k, kWeightBox / 2))
+        return status;
     const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (status != cudaSuccess) return status;
     kernel<<<clusters * kCluster, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(a_map, weight_maps, operands,

@@ -102,8 +102,8 @@ __device__ inline uint32_t cluster_rank() {
     return rank;
 }
 
-// Waits for all threads of the cluster to arrive. Of what they wrote, it promises what a fence before it does, and no more: a
-// promise about all memory would cost a wait.
+// A barrier of all threads of the cluster, in two halves. Of what they wrote, it promises what a fence before it does, and no
+// more: a promise about all memory would cost a wait.
 __device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
@@ -194,26 +194,6 @@ __device__ inline void wgmma_results(float (&d)[kCount]) {
 // eight further down, d[4 j + 2] and d[4 j + 3].
 template <int n>
 __device__ void wgmma(float (&d)[n / 2], uint64_t a, uint64_t b, int accumulate);
-
-template <>
-__device__ inline void wgmma<96>(float (&d)[48], uint64_t a, uint64_t b, int accumulate) {
-    // clang-format off
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %50, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-        "}, %48, %49, p, 1, 1, 0, 0;\n}"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
-        "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
-        "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47])
-        : "l"(a), "l"(b), "r"(accumulate));
-    // clang-format on
-}
 
 template <>
 __device__ inline void wgmma<112>(float (&d)[56], uint64_t a, uint64_t b, int accumulate) {

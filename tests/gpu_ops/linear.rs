@@ -199,6 +199,22 @@ fn gemm_at_reading_lengths() {
     });
 }
 
+/// Steps so long that Hopper's kernels take tiles of 192 rows or 256 columns; short sums, for the reference's sake.
+#[test]
+#[ignore = "needs a GPU"]
+fn gemm_at_long_steps() {
+    with_all_kernels("gemm at long steps", |gpu| {
+        let mut worst = 0.0f64;
+        for rows in [2900, 3400, 3900, 4100] {
+            worst = worst.max(residual(gpu, rows, (896, 72), true));
+            for n in [1024, 1152] {
+                worst = worst.max(rope(gpu, (rows, 0), 64, n, 72));
+            }
+        }
+        worst
+    });
+}
+
 #[test]
 #[ignore = "needs a GPU"]
 fn gemv_logits() {
