@@ -300,8 +300,7 @@ __device__ void consume(const Epilogue &epilogue, const Schedule &schedule, cons
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) - 4;
     typename T::At at;
     for (int pair = schedule.cluster(); pair < schedule.pairs<T>(); pair += schedule.clusters()) {
-        const auto [tile_row, tile_column] = schedule.place<T>(pair);
-        const int row = tile_row + warp * 16;
+        const int tile_row = schedule.row<T>(pair), row = tile_row + warp * 16, tile_column = schedule.column<T>(pair);
         if (warp / 4 >= schedule.strips<T>(tile_row)) {
             skip_stages(stages, at, schedule.k_tiles + divide_up(kChunksOf<T>, kChunksOfStage<T>));
             continue;

@@ -37,8 +37,7 @@ struct Operands {
     int n, k;
 };
 
-// The work of all clusters: pairs of tiles. Those that share the larger operand, rows of a or the weights of some columns, come
-// one after the other: it may be too large for the L2 cache to hold until the next round.
+// The work of all clusters: pairs of tiles, those of the same columns one after the other.
 struct Schedule {
     int rows, row_start, n, k_tiles;
     __device__ explicit Schedule(const Operands &operands)
@@ -56,14 +55,14 @@ struct Schedule {
     __device__ int pairs() const {
         return pairs_m<T>() * divide_up(n, T::n);
     }
-    // The first row and column of this CTA's tile.
     template <class T>
-    __device__ int2 place(int pair) const {
-        const bool along_rows = rows > n;
-        const int line = along_rows ? divide_up(n, T::n) : pairs_m<T>();
-        const int slow = divide_fast(pair, line), fast = pair - slow * line;
-        const int down = (along_rows ? slow : fast) * kCluster + static_cast<int>(cluster_rank());
-        return {down * T::m, (along_rows ? fast : slow) * T::n};
+    __device__ int row(int pair) const {
+        const int down = pair - divide_fast(pair, pairs_m<T>()) * pairs_m<T>();
+        return (down * kCluster + cluster_rank()) * T::m;
+    }
+    template <class T>
+    __device__ int column(int pair) const {
+        return divide_fast(pair, pairs_m<T>()) * T::n;
     }
     // How many strips of the tile from `row` on have a live row.
     template <class T>
@@ -146,8 +145,7 @@ __device__ void produce(const CUtensorMap *a_map, const WeightMaps &weight_maps,
     constexpr uint16_t kAll = (1 << kCluster) - 1;
     typename T::At at;
     for (int pair = schedule.cluster(); pair < schedule.pairs<T>(); pair += schedule.clusters()) {
-        const auto [row, column] = schedule.place<T>(pair);
-        const int strips = schedule.strips<T>(row);
+        const int row = schedule.row<T>(pair), column = schedule.column<T>(pair), strips = schedule.strips<T>(row);
 #pragma unroll 1
         for (int k_tile = 0; k_tile < schedule.k_tiles; ++k_tile, at.next()) {
             const uint32_t a = stages.ring + at.stage * T::kStageBytes, weight = a + T::kABytes;

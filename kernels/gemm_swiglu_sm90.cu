@@ -69,15 +69,15 @@ __device__ void consume(const Operands &operands, const RowNorm &norm, const Swi
         const int last = multiply_stages<T>(c, stages, at, 0, schedule.k_tiles);
         if (pair + schedule.clusters() < schedule.pairs<T>()) give_turn(2 - group);
         release_last(stages, last);
-        const auto [tile_row, tile_column] = schedule.place<T>(pair);
-        const int row = tile_row + warp % 4 * 16 + lane / 4;
+        const int row = schedule.row<T>(pair) + warp % 4 * 16 + lane / 4;
 #pragma unroll
         for (int strip = 0; strip < kStrips; ++strip) {
             const int first = row + strip * 64;
             const float factors[2] = {norm.factor(min(first, schedule.rows - 1)),
                                       norm.factor(min(first + 8, schedule.rows - 1))};
             wgmma_results(c[strip]);
-            finish<T::n, kBias>(operands, epilogue, bias, c[strip], factors, first, schedule.rows, tile_column);
+            finish<T::n, kBias>(operands, epilogue, bias, c[strip], factors, first, schedule.rows,
+                                  schedule.column<T>(pair));
         }
     }
 }
