@@ -103,8 +103,7 @@ __device__ inline size_t start_of(int row, int width) {
 // An epilogue is for the 16 rows of a warp from `row` on, of which each thread has some. `staged` is where the sums of a chunk
 // lie, `side` where what belongs to them does. Columns from `end` on are another tile's, or nobody's.
 
-// Eight threads a row, with four columns each.
-// Tiles may end within a chunk.
+// Eight threads a row, with four columns each. Tiles may end within a chunk.
 struct AddToStream {
     using TilesOfTwo = Menu<kTileCost, Two::Of<112>, Two::Of<128>, Two::Of<160>, Two::Of<192>, Two::Of<256>>;
     using TilesOfThree = Menu<kTileCost, Three::Of<112>, Three::Of<128>, Three::Of<192>>;
