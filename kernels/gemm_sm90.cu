@@ -190,8 +190,7 @@ __device__ inline QuadSums quad_sums(uint32_t staged, int i, float factor, const
 }
 
 // Heads in the columns below rope_columns are rotated by angles that come as cosines and sines by turns, [positions,
-// head_dim].
-// Angles come for whole chunks of a head, so that tiles hold whole chunks.
+// head_dim]. They come for whole chunks of a head, so that tiles hold whole chunks.
 struct RotateHeads {
     using TilesOfTwo = Menu<kTileCost, Two::Of<128>, Two::Of<160>, Two::Of<192>, Two::Of<256>>;
     using TilesOfThree = Menu<kTileCost, Three::Of<128>, Three::Of<160>, Three::Of<192>>;
