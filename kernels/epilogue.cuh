@@ -35,7 +35,7 @@ inline RowNorm row_norm(const float *squares, int32_t width, float eps) {
     return {squares, GLEANER_SQUARES(width), static_cast<float>(width), eps};
 }
 
-constexpr int kSlotColumns = 32;  // of x, the squares of which go to one slot at most
+constexpr int kSlotColumns = GLEANER_SQUARES_COLUMNS / GLEANER_SQUARES_SLOTS;  // of x, whose squares go to one slot at most
 
 // Adds to the residual stream x. What comes out is for the next product: x times the weights of the norm before it.
 struct Residual {
@@ -67,13 +67,13 @@ struct Residual {
         words[0] = pack(sum.low.x * low.x, sum.low.y * low.y);
         words[1] = pack(sum.high.x * high.x, sum.high.y * high.y);
     }
-    // Stores the sum of the squares of `columns` columns of a row, of which each lane of a quad brings a part.
-    __device__ void store_square(int row, int first_column, int columns, float part, bool alive) const {
+    // Stores the sum of the squares of 32 columns of a row, of which each lane of a quad brings a part.
+    __device__ void store_square(int row, int first_column, float part, bool alive) const {
         part += __shfl_xor_sync(0xffffffffu, part, 1);
         part += __shfl_xor_sync(0xffffffffu, part, 2);
-        for (int slot = threadIdx.x % 4; alive && slot < columns / kSlotColumns; slot += 4)
-            if (first_column / kSlotColumns + slot < slots)
-                squares[static_cast<size_t>(row) * slots + first_column / kSlotColumns + slot] = slot == 0 ? part : 0.f;
+        const int lane = threadIdx.x % 4, slot = first_column / kSlotColumns + lane;
+        if (alive && lane < 32 / kSlotColumns && slot < slots)
+            squares[static_cast<size_t>(row) * slots + slot] = lane == 0 ? part : 0.f;
     }
 };
 

@@ -15,6 +15,8 @@ constexpr int kChunk = 32, kPitchBytes = (kChunk + 8) * 4, kStagingBytes = 16 * 
 // What an epilogue reads is a matrix of fp32, a chunk of columns of which lies in rows of so many bytes.
 constexpr int kSideRowBytes = kChunk * 4;
 template <class T>
+constexpr int kChunksOf = (T::n + kChunk - 1) / kChunk;
+template <class T>
 constexpr int kChunksOfStage = T::kStageBytes / (T::m * kSideRowBytes);
 
 constexpr int kTileCost = 400;  // as Menu takes it
@@ -22,12 +24,17 @@ constexpr int kTileCost = 400;  // as Menu takes it
 // Warpgroups that multiply, 64 rows of a tile each, and what that leaves them: registers, and memory for stages.
 struct Two {
     static constexpr int kGroups = 2, kRingBytes = 200 * 1024, kRegisters = 232, kCopyRegisters = 40;
-    using Tiles = Menu<kTileCost, Tile<128, 128, kRingBytes>, Tile<128, 192, kRingBytes>, Tile<128, 256, kRingBytes>>;
+    template <int kColumns>
+    using Of = Tile<128, kColumns, kRingBytes>;
+    template <class Epilogue>
+    using Tiles = typename Epilogue::TilesOfTwo;
 };
-// The third has work in the largest tile alone.
 struct Three {
     static constexpr int kGroups = 3, kRingBytes = 192 * 1024, kRegisters = 160, kCopyRegisters = 32;
-    using Tiles = Menu<kTileCost, Tile<128, 128, kRingBytes>, Tile<128, 192, kRingBytes>, Tile<192, 192, kRingBytes>>;
+    template <int kColumns>
+    using Of = Tile<192, kColumns, kRingBytes>;
+    template <class Epilogue>
+    using Tiles = typename Epilogue::TilesOfThree;
 };
 template <class Groups>
 constexpr int kThreads = (Groups::kGroups + 1) * 128;
@@ -42,17 +49,48 @@ __device__ inline void store_shared(uint32_t address, float x, float y) {
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
 }
 
-__device__ inline uint2 load_four(const bf16 *from, int at) {
-    return __ldg(reinterpret_cast<const uint2 *>(from + at));
+// A value for each of a tile's columns: a lane holds those of two columns, of each 64. Loaded before the product.
+template <int kColumns>
+struct OfColumns {
+    static constexpr int kWords = (kColumns + 63) / 64;
+    uint32_t words[kWords];
+    // From `from` [n], or zeros if that is null.
+    __device__ OfColumns(const bf16 *from, int tile_column, int n) {
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) {
+            const int column = min(tile_column + i * 64 + static_cast<int>(threadIdx.x) % 32 * 2, n - 2);
+            words[i] = from ? __ldg(reinterpret_cast<const uint32_t *>(from + column)) : 0;
+        }
+    }
+    // Those of four columns from the tile's column `at` on. All lanes ask at once, with the same at / 64.
+    __device__ float4 four(int at) const {
+        uint32_t word = words[0];
+#pragma unroll
+        for (int i = 1; i < kWords; ++i)
+            if (at >= i * 64) word = words[i];
+        const float2 low = unpack(__shfl_sync(0xffffffffu, word, at % 64 / 2));
+        const float2 high = unpack(__shfl_sync(0xffffffffu, word, at % 64 / 2 + 1));
+        return {low.x, low.y, high.x, high.y};
+    }
+};
+
+__device__ inline uint2 pack_four(float4 v) { return {pack(v.x, v.y), pack(v.z, v.w)}; }
+
+// Of two neighbouring lanes with an a and a b each, the even one gets both a, the odd one both b: to be stored as one, for the
+// cost of a store is that of the rows it touches.
+__device__ inline uint4 exchange(uint2 a, uint2 b) {
+    const bool odd = threadIdx.x & 1;
+    const uint32_t x = __shfl_xor_sync(0xffffffffu, odd ? a.x : b.x, 1);
+    const uint32_t y = __shfl_xor_sync(0xffffffffu, odd ? a.y : b.y, 1);
+    return odd ? uint4{x, y, b.x, b.y} : uint4{a.x, a.y, x, y};
 }
 
-__device__ inline float4 unpack_four(uint2 bits) {
-    const float2 low = unpack(bits.x), high = unpack(bits.y);
-    return {low.x, low.y, high.x, high.y};
-}
-
-__device__ inline void store_four(bf16 *to, float4 v) {
-    *reinterpret_cast<uint2 *>(to) = {pack(v.x, v.y), pack(v.z, v.w)};
+// Lane i of four neighbours gets the sum of their values i.
+__device__ inline float sum_of_quad(const float (&values)[4]) {
+    const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+    const float low = (odd ? values[1] : values[0]) + __shfl_xor_sync(0xffffffffu, odd ? values[0] : values[1], 1);
+    const float high = (odd ? values[3] : values[2]) + __shfl_xor_sync(0xffffffffu, odd ? values[2] : values[3], 1);
+    return (upper ? high : low) + __shfl_xor_sync(0xffffffffu, upper ? low : high, 2);
 }
 
 // a * factor + b
@@ -71,64 +109,67 @@ __device__ inline size_t start_of(int row, int width) {
 }
 
 // An epilogue is for the 16 rows of a warp from `row` on, of which each thread has some. `staged` is where the sums of a chunk
-// lie, `side` where what belongs to them does. n is a multiple of 16.
+// lie, `side` where what belongs to them does. Columns from `end` on are another tile's, or nobody's.
 
-// Eight threads a row, with four columns each.
+// Eight threads a row, with four columns each. Tiles may end within a chunk.
 struct AddToStream {
+    using TilesOfTwo = Menu<kTileCost, Two::Of<112>, Two::Of<128>, Two::Of<160>, Two::Of<192>, Two::Of<256>>;
+    using TilesOfThree = Menu<kTileCost, Three::Of<112>, Three::Of<128>, Three::Of<192>>;
     float *x;
     bf16 *scaled;
     float *squares;
     const bf16 *norm, *bias;
     int slots, n, rows = 0;
     struct OfTile {
-        float square[4] = {};
+        uint2 scaled[4];  // of the chunk before, if that had an even number
     };
+    template <int kColumns>
     struct Loaded {
-        uint2 norm, bias;
+        OfColumns<kColumns> norm, bias;
     };
     __device__ void start(const Schedule &schedule) { rows = schedule.rows; }
     __device__ static int row_of(int i) { return threadIdx.x % 32 / 8 + i * 4; }
     __device__ OfTile load_tile(int) const { return {}; }
-    __device__ Loaded load(int chunk_column) const {
-        const int column = min(chunk_column + static_cast<int>(threadIdx.x) % 8 * 4, n - 4);
-        return {load_four(norm, column), bias ? load_four(bias, column) : uint2{}};
+    template <int kColumns>
+    __device__ Loaded<kColumns> load(int tile_column) const {
+        return {{norm, tile_column, n}, {bias, tile_column, n}};
     }
-    __device__ void finish(uint32_t staged, uint32_t side, int row, int chunk_column, OfTile &of_tile,
-                           const Loaded &loaded) const {
-        const int part = threadIdx.x % 8, column = chunk_column + part * 4;
-        const float4 weights = unpack_four(loaded.norm), bias_four = unpack_four(loaded.bias);
+    template <int kColumns>
+    __device__ void finish(uint32_t staged, uint32_t side, int row, int tile_column, int chunk, int end, OfTile &of_tile,
+                           const Loaded<kColumns> &loaded) const {
+        const int part = threadIdx.x % 8, in_tile = chunk * kChunk + part * 4, column = tile_column + in_tile;
+        const float4 weights = loaded.norm.four(in_tile), bias_four = loaded.bias.four(in_tile);
         float4 sums[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             sums[i] = scaled_sum(load_shared(staged + row_of(i) * kPitchBytes + part * 16), 1.f, bias_four);
             sums[i] = scaled_sum(load_side(side, row_of(i), part), 1.f, sums[i]);
         }
-        const bool inside = column < n;
+        const bool inside = column < end, even = chunk % 2 == 0;
+        uint2 own[4];
+        float squares_of[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const float4 sum = sums[i];
-            const bool alive = inside && row + row_of(i) < rows;
-            const size_t at = start_of(row + row_of(i), n) + column;
-            if (alive) *reinterpret_cast<float4 *>(x + at) = sum;
-            if (alive)
-                store_four(scaled + at, {sum.x * weights.x, sum.y * weights.y, sum.z * weights.z, sum.w * weights.w});
-            const float square = sum.x * sum.x + sum.y * sum.y + (sum.z * sum.z + sum.w * sum.w);
-            of_tile.square[i] += inside ? square : 0.f;
+            if (inside && row + row_of(i) < rows)
+                *reinterpret_cast<float4 *>(x + start_of(row + row_of(i), n) + column) = sum;
+            own[i] = pack_four({sum.x * weights.x, sum.y * weights.y, sum.z * weights.z, sum.w * weights.w});
+            squares_of[i] = sum.x * sum.x + sum.y * sum.y + (sum.z * sum.z + sum.w * sum.w);
+            if (even) of_tile.scaled[i] = own[i];
         }
-    }
-    // All of a tile's squares go to its first slot.
-    __device__ void finish_tile(int row, int tile_column, int columns, OfTile &of_tile) const {
-        const int lane = threadIdx.x % 32;
+        // Of each 16 columns, whatever the tile: else a row's sum would depend on it in its last bits.
+        const int square_row = row + row_of(threadIdx.x % 4);
+        const float square = sum_of_quad(squares_of);
+        if (inside && square_row < rows) squares[start_of(square_row, slots) + column / kSlotColumns] = square;
+        // Two chunks of `scaled` make whole lines. A last one without a second has no columns for the odd lanes.
+        if (even && tile_column + (chunk + 1) * kChunk < end) return;
+        const int pair_column = tile_column + chunk / 2 * (2 * kChunk) + part / 2 * 8 + part % 2 * kChunk;
 #pragma unroll
-        for (int offset = 4; offset > 0; offset /= 2)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) of_tile.square[i] += __shfl_xor_sync(0xffffffffu, of_tile.square[i], offset);
-        const int slot = tile_column / kSlotColumns + lane % 8;
-        if (lane % 8 >= columns / kSlotColumns || slot >= slots) return;
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (row + row_of(i) < rows)
-                squares[start_of(row + row_of(i), slots) + slot] = lane % 8 == 0 ? of_tile.square[i] : 0.f;
+        for (int i = 0; i < 4; ++i) {
+            const uint4 group = exchange(of_tile.scaled[i], own[i]);
+            if (pair_column < end && row + row_of(i) < rows)
+                *reinterpret_cast<uint4 *>(scaled + start_of(row + row_of(i), n) + pair_column) = group;
+        }
     }
     __device__ int side_row(int row) const { return row; }
     __device__ int side_column(int chunk_column) const { return chunk_column; }
@@ -137,20 +178,21 @@ struct AddToStream {
 // Four threads a row, two rows each, eight apart. Of them a thread has four columns, and the four that lie eight further.
 __device__ inline int quad_row(int i) { return threadIdx.x % 32 / 4 + i * 8; }
 __device__ inline int quad_column(int chunk_column) {
-    return chunk_column + threadIdx.x % 4 / 2 * 16 + threadIdx.x % 2 * 4;
+    return chunk_column + static_cast<int>(threadIdx.x) % 4 / 2 * 16 + static_cast<int>(threadIdx.x) % 2 * 4;
 }
 struct QuadSums {
     float4 low, high;
 };
-__device__ inline QuadSums quad_sums(uint32_t staged, int i, float factor, const uint2 (&bias)[2]) {
+__device__ inline QuadSums quad_sums(uint32_t staged, int i, float factor, const QuadSums &bias) {
     const uint32_t at = staged + quad_row(i) * kPitchBytes + quad_column(0) * 4;
-    return {scaled_sum(load_shared(at), factor, unpack_four(bias[0])),
-            scaled_sum(load_shared(at + 32), factor, unpack_four(bias[1]))};
+    return {scaled_sum(load_shared(at), factor, bias.low), scaled_sum(load_shared(at + 32), factor, bias.high)};
 }
 
 // Heads in the columns below rope_columns are rotated by angles that come as cosines and sines by turns, [positions,
-// head_dim].
+// head_dim]. They come for whole chunks of a head, so that tiles hold whole chunks.
 struct RotateHeads {
+    using TilesOfTwo = Menu<kTileCost, Two::Of<128>, Two::Of<160>, Two::Of<192>, Two::Of<256>>;
+    using TilesOfThree = Menu<kTileCost, Three::Of<128>, Three::Of<160>, Three::Of<192>>;
     bf16 *out;
     const bf16 *bias;
     RowNorm norm;
@@ -159,9 +201,8 @@ struct RotateHeads {
     struct OfTile {
         float factors[2];
     };
-    struct Loaded {
-        uint2 bias[2];
-    };
+    template <int kColumns>
+    using Loaded = OfColumns<kColumns>;
     __device__ void start(const Schedule &schedule) {
         rows = schedule.rows, row_start = schedule.row_start;
         position_start = start_of_rows(starts.position), out_start = start_of_rows(starts.out);
@@ -172,37 +213,38 @@ struct RotateHeads {
         for (int i = 0; i < 2; ++i) of_tile.factors[i] = norm.factor(row_start + min(row + quad_row(i), rows - 1));
         return of_tile;
     }
-    __device__ Loaded load(int chunk_column) const {
-        const int column = min(quad_column(chunk_column), n - 12);
-        if (!bias) return {};
-        return {load_four(bias, column), load_four(bias, column + 8)};
+    template <int kColumns>
+    __device__ Loaded<kColumns> load(int tile_column) const {
+        return {bias, tile_column, n};
     }
-    __device__ void finish(uint32_t staged, uint32_t side, int row, int chunk_column, OfTile &of_tile,
-                           const Loaded &loaded) const {
-        const int column = quad_column(chunk_column), piece = threadIdx.x % 4 * 2;
+    template <int kColumns>
+    __device__ void finish(uint32_t staged, uint32_t side, int row, int tile_column, int chunk, int end, OfTile &of_tile,
+                           const Loaded<kColumns> &of_bias) const {
+        const int in_tile = quad_column(chunk * kChunk), column = tile_column + in_tile, piece = threadIdx.x % 4 * 2;
+        const int group_column = tile_column + chunk * kChunk + static_cast<int>(threadIdx.x) % 4 * 8;
+        const QuadSums bias_sums{of_bias.four(in_tile), of_bias.four(in_tile + 8)};
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const auto [low, high] = quad_sums(staged, i, of_tile.factors[i], loaded.bias);
+            const auto [low, high] = quad_sums(staged, i, of_tile.factors[i], bias_sums);
             float4 a = load_side(side, quad_row(i), piece), b = load_side(side, quad_row(i), piece + 1);
             if (column >= rope_columns) a = b = {1.f, 0.f, 1.f, 0.f};
-            bf16 *to = out + start_of(out_start + row + quad_row(i), n) + column;
-            if (row + quad_row(i) >= rows || column >= n) continue;
-            store_four(to, {low.x * a.x - high.x * a.y, low.y * a.z - high.y * a.w, low.z * b.x - high.z * b.y,
-                            low.w * b.z - high.w * b.w});
-            store_four(to + 8, {high.x * a.x + low.x * a.y, high.y * a.z + low.y * a.w, high.z * b.x + low.z * b.y,
-                                high.w * b.z + low.w * b.w});
+            const uint4 group = exchange(pack_four({low.x * a.x - high.x * a.y, low.y * a.z - high.y * a.w,
+                                                    low.z * b.x - high.z * b.y, low.w * b.z - high.w * b.w}),
+                                         pack_four({high.x * a.x + low.x * a.y, high.y * a.z + low.y * a.w,
+                                                    high.z * b.x + low.z * b.y, high.w * b.z + low.w * b.w}));
+            if (row + quad_row(i) < rows && group_column < end)
+                *reinterpret_cast<uint4 *>(out + start_of(out_start + row + quad_row(i), n) + group_column) = group;
         }
     }
-    __device__ void finish_tile(int, int, int, OfTile &) const {}
     __device__ int side_row(int row) const { return position_start + row; }
     __device__ int side_column(int chunk_column) const { return chunk_column & (head_dim - 1); }
 };
 
-// Fills the stages behind those of a product.
+// Fills the stages behind those of a product. What a box has beyond the tile is not used: another CTA may be writing it.
 template <class T, class Epilogue>
 __device__ void fill_side(const CUtensorMap *side_map, const Epilogue &epilogue, const Stages &stages,
                           typename T::At &at, int row, int tile_column) {
-    constexpr int kChunks = T::n / kChunk, kEach = kChunksOfStage<T>, kBoxBytes = T::m * kSideRowBytes;
+    constexpr int kChunks = kChunksOf<T>, kEach = kChunksOfStage<T>, kBoxBytes = T::m * kSideRowBytes;
 #pragma unroll 1
     for (int first = 0; first < kChunks; first += kEach, at.next()) {
         const uint32_t stage = stages.ring + at.stage * T::kStageBytes, barrier = stages.full + at.stage * 8;
@@ -212,7 +254,7 @@ __device__ void fill_side(const CUtensorMap *side_map, const Epilogue &epilogue,
 #pragma unroll 1
         for (int chunk = 0; chunk < chunks; ++chunk)
 #pragma unroll
-            for (int box = 0; box < T::m; box += kABox)
+            for (int box = 0; box < T::m; box += kStrip)
                 copy_box(stage + chunk * kBoxBytes + box * kSideRowBytes, side_map, row + box,
                          epilogue.side_column(tile_column + (first + chunk) * kChunk), barrier);
     }
@@ -222,19 +264,19 @@ __device__ void fill_side(const CUtensorMap *side_map, const Epilogue &epilogue,
 template <class T, class Epilogue>
 __device__ void finish(const Epilogue &epilogue, const float (&c)[T::n / 2], const Stages &stages, uint32_t staged,
                        typename T::At &at, int row, int tile_column, typename Epilogue::OfTile &of_tile,
-                       typename Epilogue::Loaded loaded) {
-    constexpr int kChunks = T::n / kChunk, kEach = kChunksOfStage<T>;
+                       const typename Epilogue::template Loaded<T::n> &loaded) {
+    constexpr int kChunks = kChunksOf<T>, kEach = kChunksOfStage<T>;
+    const int end = min(tile_column + T::n, epilogue.n);
     const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
     const uint32_t own = staged + lane / 4 * kPitchBytes + lane % 4 * 8;
 #pragma unroll 1
     for (int chunk = 0; chunk < kChunks; ++chunk) {
-        const int column = tile_column + chunk * kChunk;
         // Registers have no index: each chunk has code of its own here.
 #pragma unroll
         for (int which = 0; which < kChunks; ++which)
             if (chunk == which)
 #pragma unroll
-                for (int j = 0; j < kChunk / 8; ++j) {
+                for (int j = 0; j < min(kChunk, T::n - which * kChunk) / 8; ++j) {
                     const float *sums = c + which * (kChunk / 2) + j * 4;
                     store_shared(own + j * 32, sums[0], sums[1]);
                     store_shared(own + 8 * kPitchBytes + j * 32, sums[2], sums[3]);
@@ -242,28 +284,30 @@ __device__ void finish(const Epilogue &epilogue, const float (&c)[T::n / 2], con
         __syncwarp();
         if (chunk % kEach == 0) barrier_wait(stages.full + at.stage * 8, at.parity);
         const uint32_t side = stages.ring + at.stage * T::kStageBytes + chunk % kEach * (T::m * kSideRowBytes);
-        const typename Epilogue::Loaded next = epilogue.load(column + kChunk);
-        if (column < epilogue.n)
-            epilogue.finish(staged, side + warp * 16 * kSideRowBytes, row, column, of_tile, loaded);
-        loaded = next;
+        if (tile_column + chunk * kChunk < end)
+            epilogue.template finish<T::n>(staged, side + warp * 16 * kSideRowBytes, row, tile_column, chunk, end, of_tile,
+                                           loaded);
         __syncwarp();
         if (chunk % kEach < kEach - 1 && chunk < kChunks - 1) continue;
         if (lane < kCluster) barrier_arrive(stages.empty + at.stage * 8, lane);
         at.next();
     }
-    epilogue.finish_tile(row, tile_column, T::n, of_tile);
 }
 
 template <class T, class Epilogue>
 __device__ void consume(const Epilogue &epilogue, const Schedule &schedule, const Stages &stages,
                         uint32_t staging) {
-    const int warp = threadIdx.x / 32 - 4;
-    if (warp >= T::m / 16) return;
+    // Taken from one lane, for the compiler to see that a warp branches as one: else it mistrusts the descriptors, too.
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) - 4;
     typename T::At at;
-    for (int pair = schedule.cluster(); pair < schedule.pairs; pair += schedule.clusters()) {
-        const int row = schedule.row<T>(pair) + warp * 16, tile_column = schedule.column<T>(pair);
+    for (int pair = schedule.cluster(); pair < schedule.pairs<T>(); pair += schedule.clusters()) {
+        const int tile_row = schedule.row<T>(pair), row = tile_row + warp * 16, tile_column = schedule.column<T>(pair);
+        if (warp / 4 >= schedule.strips<T>(tile_row)) {
+            skip_stages(stages, at, schedule.k_tiles + divide_up(kChunksOf<T>, kChunksOfStage<T>));
+            continue;
+        }
         typename Epilogue::OfTile of_tile = epilogue.load_tile(row);
-        const typename Epilogue::Loaded loaded = epilogue.load(tile_column);
+        const auto loaded = epilogue.template load<T::n>(tile_column);
         float c[1][T::n / 2];
         release_last(stages, multiply_stages<T>(c, stages, at, warp / 4, schedule.k_tiles));
         wgmma_results(c[0]);
@@ -273,27 +317,27 @@ __device__ void consume(const Epilogue &epilogue, const Schedule &schedule, cons
 
 template <class Groups, class Epilogue>
 __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads<Groups>, 1)
-    gemm_sm90_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap weight_map,
+    gemm_sm90_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ WeightMaps weight_maps,
                      const Operands operands, const __grid_constant__ CUtensorMap side_map, Epilogue epilogue) {
-    using Tiles = typename Groups::Tiles;
-    const Schedule schedule = Tiles::schedule(operands);
-    int warps = 0;
-    Tiles::with(schedule.tile, [&](auto tile) { warps = tile.m / 16; });
-    const Stages stages = make_stages(&a_map, &weight_map, warps);
+    using Tiles = typename Groups::template Tiles<Epilogue>;
+    const Schedule schedule(operands);
+    const Stages stages = make_stages(&a_map, weight_maps, Groups::kGroups * 4);
+    const int tile_chosen = Tiles::choose(schedule);
+    cluster_wait();
     epilogue.start(schedule);
     // The roles are the two branches of one condition: what setmaxnreg asks for.
     if (threadIdx.x < 128) {
         give_registers<Groups::kCopyRegisters>();
         if (threadIdx.x == 0)
-            Tiles::with(schedule.tile, [&](auto tile) {
+            Tiles::with(tile_chosen, [&](auto tile) {
                 using T = decltype(tile);
-                produce<T>(&a_map, &weight_map, schedule, stages, [&](auto &at, int row, int tile_column) {
+                produce<T>(&a_map, weight_maps, schedule, stages, [&](auto &at, int row, int tile_column) {
                     fill_side<T>(&side_map, epilogue, stages, at, epilogue.side_row(row), tile_column);
                 });
             });
     } else {
         take_registers<Groups::kRegisters>();
-        Tiles::with(schedule.tile, [&](auto tile) {
+        Tiles::with(tile_chosen, [&](auto tile) {
             consume<decltype(tile)>(epilogue, schedule, stages, stages.ring + Groups::kRingBytes);
         });
     }
@@ -305,7 +349,7 @@ int32_t launch(const void *a, int a_rows, const void *weight, const Operands &op
                int side_rows, int side_columns, const Epilogue &epilogue, void *stream) {
     CUtensorMap side_map;
     int clusters;
-    if (const int32_t status = make_tensor_map(&side_map, side, side_rows, side_columns, kABox)) return status;
+    if (const int32_t status = make_tensor_map(&side_map, side, side_rows, side_columns, kStrip)) return status;
     if (const int32_t status = count_clusters(&clusters)) return status;
     const auto with = [&](auto groups) {
         using Groups = decltype(groups);
@@ -317,8 +361,8 @@ int32_t launch(const void *a, int a_rows, const void *weight, const Operands &op
     const auto cost = [&](auto groups) {
         int sum = 0;
         for (int part = 14; part <= 16; ++part)
-            sum += decltype(groups)::Tiles::choose(divide_up(max_rows * part, 16), operands.n,
-                                                   divide_up(operands.k, kTileK), clusters).cost;
+            sum += decltype(groups)::template Tiles<Epilogue>::choose(divide_up(max_rows * part, 16), operands.n,
+                                                                      divide_up(operands.k, kTileK), clusters).cost;
         return sum;
     };
     return cost(Three{}) < cost(Two{}) ? with(Three{}) : with(Two{});

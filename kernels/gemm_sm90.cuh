@@ -9,22 +9,23 @@
 // rows, so that the device chooses from a kernel's menu.
 //
 // Rows of a beyond the live count may hold anything: a row of a touches its own row of the product alone. Pairs of tiles
-// without a live row do not exist.
+// without a live row do not exist, and strips of 64 rows without one are not fetched.
 #pragma once
 
 #include "epilogue.cuh"
 #include "hopper.cuh"
 
 constexpr int kTileK = kBoxColumns;
-constexpr int kCluster = 2;  // CTAs
-constexpr int kABox = 64, kWeightBox = 32;  // rows of a and of the weight in a copy
-constexpr int kStripBytes = 64 * kTileK * 2;  // of the rows that a warpgroup multiplies
+constexpr int kCluster = 2;   // CTAs
+constexpr int kStrip = 64;   // rows that a warpgroup multiplies at once, and of a in a copy
+constexpr int kStripBytes = kStrip * kTileK * 2;
+constexpr int kWeightBox = 32;  // rows of the weight in a copy, and half of them in a last one
 
 // A tile of the output, and the ring its stages make.
 template <int kRows, int kColumns, int kRingBytes>
 struct Tile {
     static constexpr int m = kRows, n = kColumns;
-    static constexpr int kABytes = m * kTileK * 2, kStageBytes = (m + n) * kTileK * 2;
+    static constexpr int kABytes = m * kTileK * 2, kWeightBytes = n * kTileK * 2, kStageBytes = kABytes + kWeightBytes;
     static constexpr int kStages = kRingBytes / kStageBytes;
     using At = Ring<kStages>;
 };
@@ -38,17 +39,35 @@ struct Operands {
 
 // The work of all clusters: pairs of tiles, those of the same columns one after the other.
 struct Schedule {
-    int rows, row_start, k_tiles;
-    int tile, pairs_m, pairs;  // `tile` of the kernel's menu
+    int rows, row_start, n, k_tiles;
+    __device__ explicit Schedule(const Operands &operands)
+        : rows(*operands.rows),
+          row_start(start_of_rows(operands.row_start)),
+          n(operands.n),
+          k_tiles(divide_up(operands.k, kTileK)) {}
     __device__ static int cluster() { return blockIdx.x / kCluster; }
     __device__ static int clusters() { return gridDim.x / kCluster; }
     template <class T>
+    __device__ int pairs_m() const {
+        return divide_up(rows, T::m * kCluster);
+    }
+    template <class T>
+    __device__ int pairs() const {
+        return pairs_m<T>() * divide_up(n, T::n);
+    }
+    template <class T>
     __device__ int row(int pair) const {
-        return (pair % pairs_m * kCluster + cluster_rank()) * T::m;
+        const int down = pair - divide_fast(pair, pairs_m<T>()) * pairs_m<T>();
+        return (down * kCluster + cluster_rank()) * T::m;
     }
     template <class T>
     __device__ int column(int pair) const {
-        return pair / pairs_m * T::n;
+        return divide_fast(pair, pairs_m<T>()) * T::n;
+    }
+    // How many strips of the tile from `row` on have a live row.
+    template <class T>
+    __device__ int strips(int row) const {
+        return min(max(divide_up(rows - row, kStrip), 0), T::m / kStrip);
     }
 };
 
@@ -65,12 +84,15 @@ struct Menu {
         const auto consider = [&](auto a_tile) {
             using T = decltype(a_tile);
             const int pairs = divide_up(rows, T::m * kCluster) * divide_up(n, T::n);
-            const int cost = divide_up(pairs, clusters) * (k_tiles * (T::m * T::n / 128) + kTileCost);
+            const int cost = divide_fast(pairs + clusters - 1, clusters) * (k_tiles * (T::m * T::n / 128) + kTileCost);
             if (cost < best.cost) best = {tile, cost};
             ++tile;
         };
         (consider(Tiles{}), ...);
         return best;
+    }
+    __device__ static int choose(const Schedule &schedule) {
+        return choose(schedule.rows, schedule.n, schedule.k_tiles, Schedule::clusters()).tile;
     }
     // Calls `run` with the tile chosen.
     template <class Run>
@@ -78,15 +100,11 @@ struct Menu {
         int index = 0;
         ((tile == index++ && (run(Tiles{}), true)) || ...);
     }
-    __device__ static Schedule schedule(const Operands &operands) {
-        Schedule schedule{*operands.rows, start_of_rows(operands.row_start), divide_up(operands.k, kTileK)};
-        schedule.tile = choose(schedule.rows, operands.n, schedule.k_tiles, Schedule::clusters()).tile;
-        with(schedule.tile, [&](auto tile) {
-            schedule.pairs_m = divide_up(schedule.rows, tile.m * kCluster);
-            schedule.pairs = schedule.pairs_m * divide_up(operands.n, tile.n);
-        });
-        return schedule;
-    }
+};
+
+// The weight in boxes of kWeightBox rows, and of half of them.
+struct WeightMaps {
+    CUtensorMap whole, half;
 };
 
 // The ring of a CTA, as addresses in shared memory: stages, and the barriers that say that one is full or empty.
@@ -94,48 +112,61 @@ struct Stages {
     uint32_t ring, full, empty;
 };
 
-// Called by all threads; `warps` is how many of them multiply a stage. The ring starts at a multiple of 1024.
-__device__ inline Stages make_stages(const CUtensorMap *a_map, const CUtensorMap *weight_map, int warps) {
+// Called by all threads; `warps` is how many of them multiply a stage. The ring starts at a multiple of 1024, and is ready
+// after cluster_wait.
+__device__ inline Stages make_stages(const CUtensorMap *a_map, const WeightMaps &weight_maps, int warps) {
     extern __shared__ unsigned char shared[];
     __shared__ uint64_t full[kMaxStages], empty[kMaxStages];
-    const Stages stages{(shared_address(shared) + 1023) / 1024 * 1024, shared_address(full), shared_address(empty)};
+    Stages stages{(shared_address(shared) + 1023) / 1024 * 1024, shared_address(full), shared_address(empty)};
     if (threadIdx.x == 0) {
         prefetch_map(a_map);
-        prefetch_map(weight_map);
+        prefetch_map(&weight_maps.whole);
+        prefetch_map(&weight_maps.half);
         for (int stage = 0; stage < kMaxStages; ++stage) {
             barrier_init(stages.full + stage * 8, 1);
             barrier_init(stages.empty + stage * 8, warps * kCluster);
         }
         barrier_init_fence();
     }
-    cluster_sync();
+    cluster_arrive();
+    // Else they are worked out anew wherever they are used.
+    asm volatile("" : "+r"(stages.ring), "+r"(stages.full), "+r"(stages.empty));
     return stages;
 }
 
 // Fills the stages of all pairs of this cluster, one for each 64 of k: rows of a, and the weights of the tile's columns.
 // behind(ring, row, column) fills what stages follow those of a tile.
 template <class T, class Behind>
-__device__ void produce(const CUtensorMap *a_map, const CUtensorMap *weight_map, const Schedule &schedule,
+__device__ void produce(const CUtensorMap *a_map, const WeightMaps &weight_maps, const Schedule &schedule,
                         const Stages &stages, const Behind &behind) {
-    constexpr int kHalf = T::n / kCluster;
-    const int first = cluster_rank() * kHalf;
+    // Of the weight this CTA copies the tile's columns first .. last, nearly half of them.
+    constexpr int kMiddle = (T::n / kCluster + kWeightBox / 2 - 1) / (kWeightBox / 2) * (kWeightBox / 2);
+    const int first = cluster_rank() == 0 ? 0 : kMiddle, last = cluster_rank() == 0 ? kMiddle : T::n;
+    constexpr uint16_t kAll = (1 << kCluster) - 1;
     typename T::At at;
-    for (int pair = schedule.cluster(); pair < schedule.pairs; pair += schedule.clusters()) {
-        const int row = schedule.row<T>(pair), a_row = schedule.row_start + row, column = schedule.column<T>(pair);
+    for (int pair = schedule.cluster(); pair < schedule.pairs<T>(); pair += schedule.clusters()) {
+        const int row = schedule.row<T>(pair), column = schedule.column<T>(pair), strips = schedule.strips<T>(row);
 #pragma unroll 1
         for (int k_tile = 0; k_tile < schedule.k_tiles; ++k_tile, at.next()) {
             const uint32_t a = stages.ring + at.stage * T::kStageBytes, weight = a + T::kABytes;
             const uint32_t barrier = stages.full + at.stage * 8;
             // Both CTAs have read the stage, for half of what is copied goes to the other's.
             barrier_wait(stages.empty + at.stage * 8, at.parity ^ 1);
-            barrier_expect(barrier, T::kStageBytes);
+            barrier_expect(barrier, strips * kStripBytes + T::kWeightBytes);
 #pragma unroll
-            for (int box = 0; box < T::m; box += kABox)
-                copy_box(a + box * kTileK * 2, a_map, a_row + box, k_tile * kTileK, barrier);
+            for (int strip = 0; strip < T::m / kStrip; ++strip)
+                if (strip < strips)
+                    copy_box(a + strip * kStripBytes, a_map, schedule.row_start + row + strip * kStrip, k_tile * kTileK,
+                             barrier);
+            int box = first;
 #pragma unroll
-            for (int box = first; box < first + kHalf; box += kWeightBox)
-                copy_box_to(weight + box * kTileK * 2, weight_map, column + box, k_tile * kTileK, barrier,
-                            (1 << kCluster) - 1);
+            for (int count = 0; count < kMiddle / kWeightBox; ++count)
+                if (box + kWeightBox <= last) {
+                    copy_box_to(weight + box * kTileK * 2, &weight_maps.whole, column + box, k_tile * kTileK, barrier, kAll);
+                    box += kWeightBox;
+                }
+            if (T::n / kCluster % kWeightBox > 0 && box < last)
+                copy_box_to(weight + box * kTileK * 2, &weight_maps.half, column + box, k_tile * kTileK, barrier, kAll);
         }
         behind(at, row, column);
     }
@@ -171,6 +202,17 @@ __device__ int multiply_stages(float (&c)[kStrips][T::n / 2], const Stages &stag
     return previous;
 }
 
+// Lets stages pass that this warp has no use for.
+template <class At>
+__device__ void skip_stages(const Stages &stages, At &at, int count) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (; count > 0; --count, at.next()) {
+        barrier_wait(stages.full + at.stage * 8, at.parity);
+        if (lane < kCluster) barrier_arrive(stages.empty + at.stage * 8, lane);
+    }
+}
+
 __device__ inline void release_last(const Stages &stages, int last) {
     wgmma_wait<0>();
     const int lane = threadIdx.x % 32;
@@ -185,21 +227,24 @@ inline int32_t count_clusters(int *clusters) {
     return status;
 }
 
-// Launches kernel(a_map, weight_map, operands, arguments...), in CTAs of `threads` threads and shared_bytes of shared memory.
+// Launches kernel(a_map, weight_maps, operands, arguments...), in CTAs of `threads` threads and shared_bytes of shared memory.
 // a holds a_rows rows, dead ones among them.
 template <class... Parameters, class... Arguments>
-int32_t launch_gemm(void (*kernel)(CUtensorMap, CUtensorMap, Operands, Parameters...), int clusters, int threads,
+int32_t launch_gemm(void (*kernel)(CUtensorMap, WeightMaps, Operands, Parameters...), int clusters, int threads,
                     int shared_bytes, const void *a, int a_rows, const void *weight, const Operands &operands,
                     void *stream, Arguments... arguments) {
-    CUtensorMap a_map, weight_map;
-    if (const int32_t status = make_tensor_map(&a_map, static_cast<const bf16 *>(a), a_rows, operands.k, kABox))
+    CUtensorMap a_map;
+    WeightMaps weight_maps;
+    const auto *of_weight = static_cast<const bf16 *>(weight);
+    if (const int32_t status = make_tensor_map(&a_map, static_cast<const bf16 *>(a), a_rows, operands.k, kStrip))
         return status;
-    if (const int32_t status =
-            make_tensor_map(&weight_map, static_cast<const bf16 *>(weight), operands.n, operands.k, kWeightBox))
+    if (const int32_t status = make_tensor_map(&weight_maps.whole, of_weight, operands.n, operands.k, kWeightBox))
+        return status;
+    if (const int32_t status = make_tensor_map(&weight_maps.half, of_weight, operands.n, operands.k, kWeightBox / 2))
         return status;
     const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (status != cudaSuccess) return status;
-    kernel<<<clusters * kCluster, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(a_map, weight_map, operands,
+    kernel<<<clusters * kCluster, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(a_map, weight_maps, operands,
                                                                                            arguments...);
     return cudaGetLastError();
 }

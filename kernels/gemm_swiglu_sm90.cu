@@ -57,7 +57,7 @@ __device__ void consume(const Operands &operands, const RowNorm &norm, const Swi
     const int warp = threadIdx.x / 32 - 4, group = warp / 4, lane = threadIdx.x % 32;
     typename T::At at;
     bool own_turn = group == 0;
-    for (int pair = schedule.cluster(); pair < schedule.pairs; pair += schedule.clusters(), own_turn = !own_turn) {
+    for (int pair = schedule.cluster(); pair < schedule.pairs<T>(); pair += schedule.clusters(), own_turn = !own_turn) {
         if (!own_turn) {
             at.skip(schedule.k_tiles);
             continue;
@@ -67,7 +67,7 @@ __device__ void consume(const Operands &operands, const RowNorm &norm, const Swi
         if (pair >= schedule.clusters()) wait_for_turn(1 + group);
         float c[kStrips][T::n / 2];
         const int last = multiply_stages<T>(c, stages, at, 0, schedule.k_tiles);
-        if (pair + schedule.clusters() < schedule.pairs) give_turn(2 - group);
+        if (pair + schedule.clusters() < schedule.pairs<T>()) give_turn(2 - group);
         release_last(stages, last);
         const int row = schedule.row<T>(pair) + warp % 4 * 16 + lane / 4;
 #pragma unroll
@@ -84,20 +84,22 @@ __device__ void consume(const Operands &operands, const RowNorm &norm, const Swi
 
 template <bool kBias>
 __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
-    gemm_swiglu_sm90_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap weight_map,
+    gemm_swiglu_sm90_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ WeightMaps weight_maps,
                             const Operands operands, const RowNorm norm, const SwiGlu epilogue, const bf16 *bias) {
-    const Schedule schedule = Tiles<kBias>::schedule(operands);
-    const Stages stages = make_stages(&a_map, &weight_map, 4);
+    const Schedule schedule(operands);
+    const Stages stages = make_stages(&a_map, weight_maps, 4);
+    const int tile_chosen = Tiles<kBias>::choose(schedule);
+    cluster_wait();
     // The roles are the two branches of one condition: what setmaxnreg asks for.
     if (threadIdx.x < 128) {
         give_registers<40>();
         if (threadIdx.x == 0)
-            Tiles<kBias>::with(schedule.tile, [&](auto tile) {
-                produce<decltype(tile)>(&a_map, &weight_map, schedule, stages, [](auto &, int, int) {});
+            Tiles<kBias>::with(tile_chosen, [&](auto tile) {
+                produce<decltype(tile)>(&a_map, weight_maps, schedule, stages, [](auto &, int, int) {});
             });
     } else {
         take_registers<232>();
-        Tiles<kBias>::with(schedule.tile, [&](auto tile) {
+        Tiles<kBias>::with(tile_chosen, [&](auto tile) {
             consume<decltype(tile), kBias>(operands, norm, epilogue, bias, schedule, stages);
         });
     }

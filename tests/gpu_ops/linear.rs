@@ -6,7 +6,7 @@ use half::bf16;
 
 use super::{
     BF16_ROUNDING, CANARIES, CANARY, EPS, FP32_ROUNDING, Gpu, JUNK_ROWS, Noise, READING_LENGTHS, WORD_CANARY,
-    accumulation, check_product, check_within, noise, product, rotate, to_f32,
+    accumulation, check_product, check_within, noise, product, rotate, slots, to_f32,
 };
 use crate::rows::normalised;
 
@@ -215,8 +215,8 @@ fn rows_are_the_same_to_the_bit_however_many_there_are() {
                 let words = |out: &CudaSlice<f32>, width: usize| -> Vec<u32> {
                     gpu.fetch(out)[..rows * width].iter().map(|value| value.to_bits()).collect()
                 };
-                // Squares are told apart by their sum, for which parts of the row they stand is the tile's business.
-                let outputs = vec![halves(&rope, n), halves(&h, n / 2), words(&stream.x, n), halves(&stream.scaled, n)];
+                let (scaled, squares) = (halves(&stream.scaled, n), words(&stream.squares, slots(n)));
+                let outputs = vec![halves(&rope, n), halves(&h, n / 2), words(&stream.x, n), scaled, squares];
                 if all.is_empty() {
                     all = outputs;
                     continue;
@@ -246,6 +246,22 @@ fn gemm_at_reading_lengths() {
                 worst = worst.max(rope(gpu, rows, [0; 3], head_dim, n, k));
                 worst = worst.max(rope(gpu, rows - 1100, [1100, 1100, 0], head_dim, n, k));
                 worst = worst.max(rope(gpu, rows - 1024, [0, 1024, 1024], head_dim, n, k));
+            }
+        }
+        worst
+    });
+}
+
+/// Steps so long that Hopper's kernels take tiles of 192 rows or 256 columns; short sums, for the reference's sake.
+#[test]
+#[ignore = "needs a GPU"]
+fn gemm_at_long_steps() {
+    with_all_kernels("gemm at long steps", |gpu| {
+        let mut worst = 0.0f64;
+        for rows in [2900, 3400, 3900, 4100] {
+            worst = worst.max(residual(gpu, rows, (896, 72), true));
+            for n in [1024, 1152] {
+                worst = worst.max(rope(gpu, (rows, 0), 64, n, 72));
             }
         }
         worst
