@@ -357,12 +357,14 @@ int32_t launch(const void *a, int a_rows, const void *weight, const Operands &op
         return launch_gemm(gemm_sm90_kernel<Groups, Epilogue>, clusters, kThreads<Groups>, kSharedBytes, a, a_rows,
                            weight, operands, stream, side_map, epilogue);
     };
-    // Most steps are nearly as long as the longest.
+    // Many steps are as long as the longest, and others, of which less is left to compute, anything down to half of it.
     const auto cost = [&](auto groups) {
-        int sum = 0;
-        for (int part = 14; part <= 16; ++part)
-            sum += decltype(groups)::template Tiles<Epilogue>::choose(divide_up(max_rows * part, 16), operands.n,
-                                                                      divide_up(operands.k, kTileK), clusters).cost;
+        int64_t sum = 0;
+        for (int part = 8; part <= 16; ++part)
+            sum += (part == 16 ? 9 : 1) *
+                   decltype(groups)::template Tiles<Epilogue>::choose(divide_up(max_rows * part, 16), operands.n,
+                                                                      divide_up(operands.k, kTileK), clusters)
+                       .cost;
         return sum;
     };
     return cost(Three{}) < cost(Two{}) ? with(Three{}) : with(Two{});

@@ -261,7 +261,7 @@ fn gemm_at_long_steps() {
         for rows in [2900, 3400, 3900, 4100] {
             worst = worst.max(residual(gpu, rows, (896, 72), true));
             for n in [1024, 1152] {
-                worst = worst.max(rope(gpu, (rows, 0), 64, n, 72));
+                worst = worst.max(rope(gpu, rows, [0; 3], 64, n, 72));
             }
         }
         worst
