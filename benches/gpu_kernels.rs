@@ -320,7 +320,7 @@ mod gpu {
             let attention = Kernel {
                 name: "decode_attention",
                 dims: [POSITION + 1, heads.q, heads.dim],
-                work: Work::DecodeAttention { q_dim, kv_dim: config.kv_dim(), window: 0 },
+                work: Work::DecodeAttention { q_dim, kv_dim: config.kv_dim(), window: 0, out: 0 },
                 product: false,
             };
             self.measure(attention, || {

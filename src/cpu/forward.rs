@@ -150,7 +150,7 @@ impl<'a> Decoder<'a> {
         let window = weights.sliding_window.unwrap_or(0);
         let (work, keys) = match past {
             0 => (Work::Attention { q_dim, kv_dim, window }, rows),
-            _ => (Work::DecodeAttention { q_dim, kv_dim, window }, past + rows),
+            _ => (Work::DecodeAttention { q_dim, kv_dim, window, out: 0 }, past + rows),
         };
         self.time("attention", work, keys, || {
             self.attention(weights, past, &cache.k).attend(&mut ws.attended, &ws.q, &cache.v);

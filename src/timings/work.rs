@@ -37,6 +37,8 @@ pub enum Work {
         kv_dim: usize,
         /// Keys the row may attend to, itself included; 0 for all.
         window: usize,
+        /// Columns that a matrix makes of what is attended to, 0 without one.
+        out: usize,
     },
     /// Question rows against all keys. The logits are not counted: they pass through the cache.
     QuestionLogits {
@@ -77,7 +79,7 @@ impl Work {
             Work::Elementwise { width } => 2 * rows * width,
             Work::Product { n, k, moved } => rows * k + n * k + rows * moved,
             Work::Attention { q_dim, kv_dim, .. } => 2 * rows * (q_dim + kv_dim),
-            Work::DecodeAttention { kv_dim, window, .. } => 2 * seen(rows, window) * kv_dim,
+            Work::DecodeAttention { q_dim, kv_dim, window, out } => 2 * seen(rows, window) * kv_dim + q_dim * out,
             Work::QuestionLogits { question_rows, q_dim, kv_dim } => question_rows * q_dim + rows * kv_dim,
         };
         2 * numbers as u64
@@ -93,7 +95,7 @@ impl Work {
                 let masked = rows - seen(rows, window);
                 2 * (rows * rows - masked * masked) * q_dim
             }
-            Work::DecodeAttention { q_dim, window, .. } => 4 * seen(rows, window) * q_dim,
+            Work::DecodeAttention { q_dim, window, out, .. } => (4 * seen(rows, window) + 2 * out) * q_dim,
             Work::QuestionLogits { question_rows, q_dim, .. } => 2 * question_rows * rows * q_dim,
         };
         flops as u64
@@ -139,9 +141,11 @@ mod tests {
         assert_eq!(attention(10).flops(10), attention(0).flops(10));
         // As `Config::step_flops` counts: half of a square of 4, less half of the square of 2 before the window.
         assert_eq!(attention(2).flops(4), 4 * (16 - 4) / 2);
-        let decode = |window| Work::DecodeAttention { q_dim: 3, kv_dim: 2, window };
+        let decode = |window| Work::DecodeAttention { q_dim: 3, kv_dim: 2, window, out: 0 };
         assert_eq!((decode(0).bytes(100), decode(0).flops(100)), (800, 1200));
         assert_eq!((decode(5).bytes(100), decode(5).flops(100)), (40, 60));
+        let with_matrix = Work::DecodeAttention { q_dim: 3, kv_dim: 2, window: 5, out: 7 };
+        assert_eq!((with_matrix.bytes(100), with_matrix.flops(100)), (40 + 2 * 21, 60 + 2 * 21));
     }
 
     #[test]

@@ -4,10 +4,12 @@
 
 mod decode;
 mod hold;
+mod row;
 mod steps;
 
 pub use decode::{AttentionParts, Logits, NO_TOKEN, Norm, Sampled, Sent, answer, sampling_words};
 pub(in crate::cuda) use hold::Gate;
+pub use row::FixedRow;
 pub use steps::{DevicePlan, StepBuffers, StepLog, state};
 
 use std::ffi::{CStr, c_int, c_void};
