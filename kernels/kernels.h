@@ -101,8 +101,8 @@ int32_t gleaner_decode_attention(void *out, float *parts, int32_t *done, const v
 // the same sum: x, what was added since, and whether something was out of range (2^21 of an addition, 2^30 of the sum) or not
 // finite, in which case everything that is read from the row is not a number.
 
-// Whether this device has room for rows so wide and an intermediate size of so many; 0 or 1.
-int32_t gleaner_row_sm90_fits(int32_t width, int32_t intermediate);
+// Whether these kernels serve rows so wide, an intermediate size of so many and heads so wide, on this device; 0 or 1.
+int32_t gleaner_row_sm90_fits(int32_t width, int32_t intermediate, int32_t head_dim);
 
 // row = x, fp32 [width]. What comes before has ended when the next kernel but one starts.
 int32_t gleaner_row_sm90_start(int64_t *row, const float *x, int32_t width, void *stream);
@@ -115,11 +115,11 @@ int32_t gleaner_row_sm90_qkv(void *out, const int64_t *row, const void *norm, co
                              const void *table, const int32_t *out_row, float eps, int32_t n, int32_t k, int32_t head_dim,
                              int32_t rope_columns, void *stream);
 
-// row += a weight^T + bias, a [num_heads * head_dim] as gleaner_decode_attention makes it, weight [width, num_heads * head_dim].
+// row += a weight^T + bias, a [num_heads * 64] as gleaner_decode_attention makes it, weight [width, num_heads * 64].
 // *position, and the rows of qkv before it, were there when the kernel before the last one started.
 int32_t gleaner_row_sm90_attention(int64_t *row, const void *qkv, const void *weight, const void *bias,
-                                   const int32_t *position, int32_t num_heads, int32_t num_kv_heads, int32_t head_dim,
-                                   int32_t window, int32_t width, void *stream);
+                                   const int32_t *position, int32_t num_heads, int32_t num_kv_heads, int32_t window,
+                                   int32_t width, void *stream);
 
 // row += (silu(gate) * up) down^T + down_bias, gate and up as gleaner_gemv_swiglu makes them of norm(row) and gate_up
 // [2 * intermediate, width]; down [width, intermediate].

@@ -28,27 +28,21 @@ struct Args {
     float scale;
 };
 
-template <int kHeadDim>
-struct Shape {
-    static constexpr int heads = kColumns / kHeadDim;
-    static constexpr int tile = 8192 / kHeadDim;         // keys
-    static constexpr int pieces = kHeadDim / 8;          // of 16 bytes, of a row
-    static constexpr int steps = kHeadDim / 16;          // of a product over the dimensions
-    static constexpr int key_groups = tile / 8 / kWarps; // of eight keys, of a warp
-    static constexpr int columns = kHeadDim / 8 / kWarps;  // groups of eight dimensions, of a warp
-    static constexpr int registers = kHeadDim == 64 ? 96 : 120;
-};
+constexpr int kHeadDim = 64, kHeads = kColumns / kHeadDim;
+constexpr int kTile = 128;                    // keys
+constexpr int kPieces = kHeadDim / 8;         // of 16 bytes, of a row
+constexpr int kSteps = kHeadDim / 16;         // of a product over the dimensions
+constexpr int kKeyGroups = kTile / 8 / kWarps;  // of eight keys, of a warp; of dimensions it has eight
+constexpr int kRegisters = 96;                // of a thread, so that the MLP's kernel has room beside it
 
-template <int kHeadDim>
 struct Shared {
-    using S = Shape<kHeadDim>;
-    uint4 values[2][S::tile * S::pieces];        // of this tile and the next, swizzled
-    uint4 probabilities[4 * S::tile / 8];        // swizzled; rows of two heads, and of what rounding leaves of them
-    float maxima[kWarps][S::heads], sums[kWarps][S::heads];
-    float2 parts[kSplits][kColumns / 2];         // of all CTAs of the cluster: sums of values
-    float2 statistics[kSplits][S::heads];        // maximum, sum
+    uint4 values[2][kTile * kPieces];         // of this tile and the next, swizzled
+    uint4 probabilities[2 * kHeads * kTile / 8];  // swizzled; rows of the heads, and of what rounding leaves of them
+    float maxima[kWarps][kHeads], sums[kWarps][kHeads];
+    float2 parts[kSplits][kColumns / 2];      // of all CTAs of the cluster: sums of values
+    float2 statistics[kSplits][kHeads];       // maximum, sum
     uint64_t joined;
-    bf16 attended[2][kColumns];                  // rounded, and the rest
+    bf16 attended[2][kColumns];               // rounded, and the rest
     float products[4][kMaxRows];
 };
 
@@ -72,15 +66,12 @@ __device__ void send(const float2 *at, float2 pair, uint32_t barrier) {
                      : "memory");
 }
 
-template <int kHeadDim>
-__global__ void __cluster_dims__(kSplits, 1, 1) __maxnreg__(Shape<kHeadDim>::registers)
-    row_attention_kernel(const Args args) {
-    using S = Shape<kHeadDim>;
+__global__ void __cluster_dims__(kSplits, 1, 1) __maxnreg__(kRegisters) row_attention_kernel(const Args args) {
     extern __shared__ __align__(128) uint8_t matrix[];
-    __shared__ __align__(1024) Shared<kHeadDim> shared;
+    __shared__ __align__(1024) Shared shared;
     const int group = args.num_heads / args.num_kv_heads, split = blockIdx.x, kv_head = blockIdx.y;
-    const int first_head = kv_head * group + blockIdx.z * S::heads;
-    const int heads = min(S::heads, group - static_cast<int>(blockIdx.z) * S::heads);
+    const int first_head = kv_head * group + blockIdx.z * kHeads;
+    const int heads = min(kHeads, group - static_cast<int>(blockIdx.z) * kHeads);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const size_t stride = static_cast<size_t>(args.num_heads + 2 * args.num_kv_heads) * kHeadDim;
     const bf16 *k = args.qkv + (args.num_heads + kv_head) * kHeadDim, *v = k + args.num_kv_heads * kHeadDim;
@@ -96,11 +87,11 @@ __global__ void __cluster_dims__(kSplits, 1, 1) __maxnreg__(Shape<kHeadDim>::reg
     const int position = __ldcg(args.position);
     const int oldest = args.window ? max(0, position + 1 - args.window) : 0;
     // The first tile of this CTA that holds a key.
-    const int first_tile = split + max(0, oldest / S::tile - split + kSplits - 1) / kSplits * kSplits;
+    const int first_tile = split + max(0, oldest / kTile - split + kSplits - 1) / kSplits * kSplits;
     // As in decode_attention.cu: lane % 4 takes a quarter of the dimensions.
     const int quarter = lane % 4 * (kHeadDim / 4);
-    uint32_t keys[S::key_groups][S::steps * 2] = {}, q[S::steps * 2] = {};
-    auto load_quarter = [&](uint32_t (&to)[S::steps * 2], const bf16 *row) {
+    uint32_t keys[kKeyGroups][kSteps * 2] = {}, q[kSteps * 2] = {};
+    auto load_quarter = [&](uint32_t (&to)[kSteps * 2], const bf16 *row) {
 #pragma unroll
         for (int i = 0; i < kHeadDim / 32; ++i) {
             const uint4 four = __ldcg(reinterpret_cast<const uint4 *>(row + quarter) + i);
@@ -110,8 +101,8 @@ __global__ void __cluster_dims__(kSplits, 1, 1) __maxnreg__(Shape<kHeadDim>::reg
     // The newest row is not there before the kernel before this one has ended.
     auto load_keys = [&](int tile, bool older, bool newest) {
 #pragma unroll
-        for (int n = 0; n < S::key_groups; ++n) {
-            const int key = tile * S::tile + (warp * S::key_groups + n) * 8 + lane / 4;
+        for (int n = 0; n < kKeyGroups; ++n) {
+            const int key = tile * kTile + (warp * kKeyGroups + n) * 8 + lane / 4;
             if (key == position ? newest : older && key < position) load_quarter(keys[n], k + key * stride);
         }
     };
@@ -119,11 +110,11 @@ __global__ void __cluster_dims__(kSplits, 1, 1) __maxnreg__(Shape<kHeadDim>::reg
     auto load_values = [&](int tile, bool older, bool newest) {
         uint4 *to = shared.values[tile / kSplits % 2];
 #pragma unroll
-        for (int i = 0; i < S::tile * S::pieces / kThreads; ++i) {
-            const int in_tile = (threadIdx.x + i * kThreads) / S::pieces, piece = threadIdx.x % S::pieces;
-            const int row = tile * S::tile + in_tile;
+        for (int i = 0; i < kTile * kPieces / kThreads; ++i) {
+            const int in_tile = (threadIdx.x + i * kThreads) / kPieces, piece = threadIdx.x % kPieces;
+            const int row = tile * kTile + in_tile;
             if (row == position ? newest : older)
-                copy_async(shared_address(to + swizzled(in_tile, piece, S::pieces)),
+                copy_async(shared_address(to + swizzled(in_tile, piece, kPieces)),
                            v + min(row, position) * stride + piece * 8, row <= position);
         }
     };
@@ -131,9 +122,9 @@ __global__ void __cluster_dims__(kSplits, 1, 1) __maxnreg__(Shape<kHeadDim>::reg
     load_values(first_tile, true, false);
     const int rows = args.width / kSplits;
     {
-        const int vectors = args.num_heads * S::pieces, row = threadIdx.x / 16, piece = threadIdx.x % 16;
-        const bool live = piece < heads * S::pieces;
-        const uint4 *from = args.weight + static_cast<size_t>(split * rows + row) * vectors + first_head * S::pieces;
+        const int vectors = args.num_heads * kPieces, row = threadIdx.x / 16, piece = threadIdx.x % 16;
+        const bool live = piece < heads * kPieces;
+        const uint4 *from = args.weight + static_cast<size_t>(split * rows + row) * vectors + first_head * kPieces;
         for (int i = 0; i < rows; i += kThreads / 16)
             copy_async(shared_address(matrix) + (i + row) * kPitch + piece * 16, from + i * vectors + (live ? piece : 0),
                        live);
@@ -145,33 +136,33 @@ __global__ void __cluster_dims__(kSplits, 1, 1) __maxnreg__(Shape<kHeadDim>::reg
     copy_commit();
 
     // Rows of the products with the values are those of the probabilities.
-    const int head = lane / 4 % S::heads;
-    float maximum = -INFINITY, sum = 0.f, values[S::columns][4] = {};
-    for (int tile = first_tile; tile * S::tile <= position; tile += kSplits) {
-        float logits[S::key_groups][4] = {};
+    const int head = lane / 4 % kHeads;
+    float maximum = -INFINITY, sum = 0.f, values[4] = {};
+    for (int tile = first_tile; tile * kTile <= position; tile += kSplits) {
+        float logits[kKeyGroups][4] = {};
 #pragma unroll
-        for (int s = 0; s < S::steps; ++s) {
+        for (int s = 0; s < kSteps; ++s) {
             const uint32_t a[4] = {q[s * 2], 0, q[s * 2 + 1], 0};
 #pragma unroll
-            for (int n = 0; n < S::key_groups; ++n) mma(logits[n], a, keys[n][s * 2], keys[n][s * 2 + 1]);
+            for (int n = 0; n < kKeyGroups; ++n) mma(logits[n], a, keys[n][s * 2], keys[n][s * 2 + 1]);
         }
         const int next_tile = tile + kSplits;
-        const bool last = next_tile * S::tile > position;
+        const bool last = next_tile * kTile > position;
         if (!last) load_keys(next_tile, true, true), load_values(next_tile, true, true);
         copy_commit();
 
         float largest = -INFINITY;
 #pragma unroll
-        for (int n = 0; n < S::key_groups; ++n)
+        for (int n = 0; n < kKeyGroups; ++n)
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const int key = tile * S::tile + (warp * S::key_groups + n) * 8 + lane % 4 * 2 + i;
+                const int key = tile * kTile + (warp * kKeyGroups + n) * 8 + lane % 4 * 2 + i;
                 logits[n][i] = key >= oldest && key <= position ? logits[n][i] * args.scale : -INFINITY;
                 largest = fmaxf(largest, logits[n][i]);
             }
         for (int offset = 1; offset < 4; offset *= 2)
             largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
-        if (lane % 4 == 0 && lane / 4 < S::heads) shared.maxima[warp][lane / 4] = largest;
+        if (lane % 4 == 0 && lane / 4 < kHeads) shared.maxima[warp][lane / 4] = largest;
         __syncthreads();
 
         float next = maximum;
@@ -179,21 +170,21 @@ __global__ void __cluster_dims__(kSplits, 1, 1) __maxnreg__(Shape<kHeadDim>::reg
         for (int w = 0; w < kWarps; ++w) next = fmaxf(next, shared.maxima[w][head]);
         const float rescale = exp2f(maximum - next);
         maximum = next;
-        if (lane / 4 < S::heads) {
+        if (lane / 4 < kHeads) {
             auto *to = reinterpret_cast<uint32_t *>(shared.probabilities);
             float part = 0.f;
 #pragma unroll
-            for (int n = 0; n < S::key_groups; ++n) {
+            for (int n = 0; n < kKeyGroups; ++n) {
                 const float p0 = exp2f(logits[n][0] - next), p1 = exp2f(logits[n][1] - next);
                 const uint32_t first = pack(p0, p1);
                 const float2 rounded = unpack(first);
-                const int piece = warp * S::key_groups + n;
-                to[swizzled(lane / 4, piece, S::tile / 8) * 4 + lane % 4] = first;
-                to[swizzled(lane / 4 + 2, piece, S::tile / 8) * 4 + lane % 4] = pack(p0 - rounded.x, p1 - rounded.y);
+                const int piece = warp * kKeyGroups + n;
+                to[swizzled(lane / 4, piece, kTile / 8) * 4 + lane % 4] = first;
+                to[swizzled(lane / 4 + kHeads, piece, kTile / 8) * 4 + lane % 4] = pack(p0 - rounded.x, p1 - rounded.y);
                 part += p0 + p1;
             }
             for (int offset = 1; offset < 4; offset *= 2)
-                part += __shfl_xor_sync((1u << S::heads * 4) - 1, part, offset);
+                part += __shfl_xor_sync((1u << kHeads * 4) - 1, part, offset);
             if (lane % 4 == 0) shared.sums[warp][lane / 4] = part;
         }
         copy_wait<1>();
@@ -202,24 +193,19 @@ __global__ void __cluster_dims__(kSplits, 1, 1) __maxnreg__(Shape<kHeadDim>::reg
         sum *= rescale;
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) sum += shared.sums[w][head];
-#pragma unroll
-        for (int c = 0; c < S::columns; ++c) values[c][0] *= rescale, values[c][1] *= rescale;
+        values[0] *= rescale, values[1] *= rescale;
         const uint4 *of_tile = shared.values[tile / kSplits % 2];
 #pragma unroll
-        for (int s = 0; s < S::tile / 32; ++s) {
+        for (int s = 0; s < kTile / 32; ++s) {
             uint32_t p[2][4];
 #pragma unroll
             for (int i = 0; i < 2; ++i)
                 load_matrices(p[i], shared_address(shared.probabilities +
-                                                   swizzled(lane % 4, s * 4 + i * 2 + lane / 16, S::tile / 8)));
-#pragma unroll
-            for (int c = 0; c < S::columns; ++c) {
-                uint32_t b[4];
-                load_matrices_transposed(
-                    b, shared_address(of_tile + swizzled(s * 32 + lane, warp * S::columns + c, S::pieces)));
-                mma(values[c], p[0], b[0], b[1]);
-                mma(values[c], p[1], b[2], b[3]);
-            }
+                                                   swizzled(lane % (2 * kHeads), s * 4 + i * 2 + lane / 16, kTile / 8)));
+            uint32_t b[4];
+            load_matrices_transposed(b, shared_address(of_tile + swizzled(s * 32 + lane, warp, kPieces)));
+            mma(values, p[0], b[0], b[1]);
+            mma(values, p[1], b[2], b[3]);
         }
         if (last) break;
         __syncthreads();
@@ -227,15 +213,11 @@ __global__ void __cluster_dims__(kSplits, 1, 1) __maxnreg__(Shape<kHeadDim>::reg
 
     // All others have made their barriers.
     asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-#pragma unroll
-    for (int c = 0; c < S::columns; ++c) {
-        // What belongs to the rest lies two rows below.
-        const float2 pair = {values[c][0] + __shfl_down_sync(0xffffffffu, values[c][0], 8),
-                             values[c][1] + __shfl_down_sync(0xffffffffu, values[c][1], 8)};
-        const int at = lane / 4 * (kHeadDim / 2) + (warp * S::columns + c) * 4 + lane % 4;
-        if (lane / 4 < S::heads) send(&shared.parts[split][at], pair, joined);
-    }
-    if (warp == 0 && lane % 4 == 0 && lane / 4 < S::heads)
+    // What belongs to the rest lies two rows below.
+    const float2 pair = {values[0] + __shfl_down_sync(0xffffffffu, values[0], 4 * kHeads),
+                         values[1] + __shfl_down_sync(0xffffffffu, values[1], 4 * kHeads)};
+    if (lane / 4 < kHeads) send(&shared.parts[split][lane / 4 * (kHeadDim / 2) + warp * 4 + lane % 4], pair, joined);
+    if (warp == 0 && lane % 4 == 0 && lane / 4 < kHeads)
         send(&shared.statistics[split][lane / 4], {maximum, sum}, joined);
     if (threadIdx.x < kColumns) {
         const int of_head = threadIdx.x / kHeadDim;
@@ -292,18 +274,11 @@ __global__ void __cluster_dims__(kSplits, 1, 1) __maxnreg__(Shape<kHeadDim>::reg
     add(args.row.x + column, value);
 }
 
-template <int kHeadDim>
-int32_t launch(const Args &args, void *stream) {
-    const int group = args.num_heads / args.num_kv_heads;
-    const dim3 grid(kSplits, args.num_kv_heads, (group + Shape<kHeadDim>::heads - 1) / Shape<kHeadDim>::heads);
-    return launch_row(row_attention_kernel<kHeadDim>, grid, kThreads, args.width / kSplits * kPitch, stream, args);
-}
-
 }  // namespace
 
 extern "C" int32_t gleaner_row_sm90_attention(int64_t *row, const void *qkv, const void *weight, const void *bias,
                                               const int32_t *position, int32_t num_heads, int32_t num_kv_heads,
-                                              int32_t head_dim, int32_t window, int32_t width, void *stream) {
+                                              int32_t window, int32_t width, void *stream) {
     constexpr float kLog2E = 1.4426950408889634f;
     const Args args{fixed_row(row, width),
                     static_cast<const bf16 *>(qkv),
@@ -315,10 +290,8 @@ extern "C" int32_t gleaner_row_sm90_attention(int64_t *row, const void *qkv, con
                     window,
                     width,
                     // The logarithm's base is two, so that the exponential is one instruction.
-                    kLog2E / sqrtf(static_cast<float>(head_dim))};
-    switch (head_dim) {
-        case 64: return launch<64>(args, stream);
-        case 128: return launch<128>(args, stream);
-        default: return cudaErrorInvalidValue;
-    }
+                    kLog2E / sqrtf(static_cast<float>(kHeadDim))};
+    const int group = num_heads / num_kv_heads;
+    return launch_row(row_attention_kernel, dim3(kSplits, num_kv_heads, divide_up(group, kHeads)), kThreads,
+                      width / kSplits * kPitch, stream, args);
 }

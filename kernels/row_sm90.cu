@@ -12,7 +12,7 @@ struct Args {
     int width;
 };
 
-__global__ void __launch_bounds__(kThreads) start_kernel(const Args args) {
+__global__ void __launch_bounds__(kThreads) row_start_kernel(const Args args) {
     wait_for_previous();
     // Only now, for the kernel after the next one reads early what came before this one.
     start_next();
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads) start_kernel(const Args args) {
     }
 }
 
-__global__ void __launch_bounds__(kThreads) end_kernel(const Args args) {
+__global__ void __launch_bounds__(kThreads) row_end_kernel(const Args args) {
     start_next();
     wait_for_previous();
     const bool broken = *args.row.broken;
@@ -35,9 +35,9 @@ __global__ void __launch_bounds__(kThreads) end_kernel(const Args args) {
 }  // namespace
 
 extern "C" int32_t gleaner_row_sm90_start(int64_t *row, const float *x, int32_t width, void *stream) {
-    return launch_row(start_kernel, 1, kThreads, 0, stream, Args{fixed_row(row, width), const_cast<float *>(x), width});
+    return launch_row(row_start_kernel, 1, kThreads, 0, stream, Args{fixed_row(row, width), const_cast<float *>(x), width});
 }
 
 extern "C" int32_t gleaner_row_sm90_end(float *x, const int64_t *row, int32_t width, void *stream) {
-    return launch_row(end_kernel, 1, kThreads, 0, stream, Args{fixed_row(row, width), x, width});
+    return launch_row(row_end_kernel, 1, kThreads, 0, stream, Args{fixed_row(row, width), x, width});
 }

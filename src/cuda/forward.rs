@@ -111,7 +111,7 @@ impl Forward<'_> {
     pub fn decode(&self, answering: &mut Answering) -> Result<()> {
         let Forward { device, weights, config } = *self;
         let Answering { one, caches, parts, row: fixed, counts, state, .. } = answering;
-        let in_three = device.has_row_kernels(config.hidden_size, config.intermediate_size);
+        let in_three = device.has_row_kernels(config.hidden_size, config.intermediate_size, config.head_dim);
         if in_three {
             device.row_start(fixed, &one.residual.x)?;
         }

@@ -93,8 +93,9 @@ fn profiles_cover_every_launch_and_change_nothing() {
             .collect();
         let head_norms = model.layers[0].q_norm.is_some();
         let in_three =
-            CudaDevice::open(0).unwrap().has_row_kernels(config.hidden_size, config.intermediate_size);
-        let [layers, steps, tokens] = [config.num_hidden_layers, plan.chunks(), NEW_TOKENS - 1].map(|count| count as u64);
+            CudaDevice::open(0).unwrap().has_row_kernels(config.hidden_size, config.intermediate_size, config.head_dim);
+        let [layers, steps, tokens] =
+            [config.num_hidden_layers, plan.chunks(), NEW_TOKENS - 1].map(|count| count as u64);
         let expected = expected_calls(layers, head_norms, in_three, steps, tokens);
         assert_eq!(calls, expected, "{:?}", config.architecture);
 

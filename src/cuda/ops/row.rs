@@ -23,18 +23,26 @@ impl FixedRow {
 /// An intermediate size for ops that have none.
 const SMALLEST: usize = 8;
 
+/// Width of the heads that there is a kernel for.
+const HEAD_DIM: usize = 64;
+
 impl CudaDevice {
-    /// Whether rows of so many columns and an intermediate size of so many can take these kernels.
-    pub fn has_row_kernels(&self, width: usize, intermediate: usize) -> bool {
+    /// Whether these kernels serve rows of so many columns, an intermediate size of so many and heads so wide.
+    pub fn has_row_kernels(&self, width: usize, intermediate: usize, head_dim: usize) -> bool {
         // SAFETY: takes any integers.
         self.runs_hopper_kernels()
             && width < 1 << 20
             && intermediate < 1 << 20
-            && unsafe { ffi::gleaner_row_sm90_fits(width as c_int, intermediate as c_int) } == 1
+            && head_dim < 1 << 20
+            && unsafe { ffi::gleaner_row_sm90_fits(width as c_int, intermediate as c_int, head_dim as c_int) } == 1
     }
 
     fn check_row(&self, op: &dyn Fn() -> String, row: &FixedRow, width: usize, intermediate: usize) -> Result<()> {
-        require(self.has_row_kernels(width, intermediate), op, "this GPU has no kernels for a row of these sizes")?;
+        require(
+            self.has_row_kernels(width, intermediate, HEAD_DIM),
+            op,
+            "this GPU has no kernels for a row of these sizes",
+        )?;
         require(row.0.len() >= memory::fixed_row(width), op, "the row has fewer columns")
     }
 
@@ -143,6 +151,7 @@ impl CudaDevice {
         let op = || format!("row_attention [{} of {} heads of {}, {}]", heads.q, heads.kv, heads.dim, o.n);
         let Heads { q, kv, dim, window } = heads;
         check_heads(&op, heads)?;
+        require(dim == HEAD_DIM, op, "heads must be 64 wide")?;
         self.check_row(&op, row, o.n, SMALLEST)?;
         self.check_linear(&op, o.n, q * dim, o, 1)?;
         require(o.k == q * dim, op, "the weight must be as wide as the heads")?;
@@ -161,7 +170,6 @@ impl CudaDevice {
                     position,
                     q as c_int,
                     kv as c_int,
-                    dim as c_int,
                     window as c_int,
                     o.n as c_int,
                     self.raw_stream(),
