@@ -10,15 +10,9 @@ namespace {
 constexpr int kMaxWarps = 16;  // of 64 columns of the row
 constexpr int kMaxGroups = 5;  // of eight columns of h
 constexpr int kMaxRows = kMaxGroups * 16;
-constexpr int kRegisters = 80;  // of a thread, so that kernels have room beside it
 // More on its way than keeps the memory busy only delays what other kernels wait for: chunks of gate and up, of so many rows
 // each, and pieces of down of 16 bytes, of each thread.
-#ifndef CHUNK
-#define CHUNK 8
-#define AHEAD 2
-#define PIECES 2
-#endif
-constexpr int kChunk = CHUNK, kChunksAhead = AHEAD, kPiecesAhead = PIECES;
+constexpr int kChunk = 8, kChunksAhead = 2, kPiecesAhead = 2;
 
 struct Args {
     FixedRow row;
@@ -33,7 +27,7 @@ struct Args {
 
 struct Shared {
     uint32_t split[2][kMaxWarps * 32];
-    bf16 h[kMaxGroups * 8];  // 0 where there are fewer columns
+    bf16 h[kMaxGroups * 8 + 8];
     float parts[kMaxWarps][kMaxRows];
     float squares[kMaxWarps];
     uint64_t full[kMaxRows / kChunk];
@@ -56,7 +50,8 @@ __device__ void mma_short(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
 // Rows of a matrix in shared memory, free of conflicts for products.
 __host__ __device__ int pitch_of(int width) { return width * 2 + 16; }
 
-__global__ void __maxnreg__(kRegisters) row_mlp_kernel(const Args args) {
+// Of 80 registers a thread, so that the other kernels have room beside it.
+__global__ void __launch_bounds__(kMaxWarps * 32 + 32, 1) row_mlp_kernel(const Args args) {
     extern __shared__ __align__(128) uint8_t weights[];
     __shared__ Shared shared;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = args.width / 64, threads = warps * 32;
@@ -70,7 +65,6 @@ __global__ void __maxnreg__(kRegisters) row_mlp_kernel(const Args args) {
         for (int chunk = 0; chunk < kMaxRows / kChunk; ++chunk) barrier_init(full(chunk), 1);
         barrier_init_fence();
     }
-    if (threadIdx.x < kMaxGroups * 8) shared.h[threadIdx.x] = __float2bfloat16(0.f);
     __syncthreads();
     // Five barriers of all threads: one above, and two each before and behind the wait.
     if (warp == warps) {
@@ -124,11 +118,9 @@ __global__ void __maxnreg__(kRegisters) row_mlp_kernel(const Args args) {
     uint32_t b[4][2];
 #pragma unroll
     for (int s = 0; s < 4; ++s) b[s][0] = split[s * 8], b[s][1] = split[s * 8 + 4];
-#pragma unroll
-    for (int group = 0; group < kMaxGroups; ++group) {
-        if (group >= live) break;
-#pragma unroll
-        for (int chunk = 0; chunk < 16 / kChunk; ++chunk) barrier_wait(full(group * 16 / kChunk + chunk), 0);
+    int arrived = 0;
+    for (int group = 0; group < live; ++group) {
+        for (; arrived * kChunk < (group + 1) * 16; ++arrived) barrier_wait(full(arrived), 0);
         float c[4] = {};
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
@@ -140,19 +132,15 @@ __global__ void __maxnreg__(kRegisters) row_mlp_kernel(const Args args) {
         if (lane % 4 == 0) part[0] = c[0] + c[1], part[8] = c[2] + c[3];
     }
     __syncthreads();
-    // A warp makes four columns of h; four lanes share a sum.
-    for (int item = warp; item < live * 2; item += warps) {
-        const int column = item * 4 + lane / 4 % 4, row = item / 2 * 16 + column % 8 + lane / 16 * 8;
+    if (warp < (kMaxRows + 31) / 32) {
+        const int row = min(static_cast<int>(threadIdx.x), kMaxRows - 1);
+        const bool alive = row < live * 16;
         float sum = 0.f, square = 0.f;
-        for (int w = lane % 4; w < warps; w += 4) sum += shared.parts[w][row], square += shared.squares[w];
-        for (int offset = 1; offset < 4; offset *= 2) {
-            sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-            square += __shfl_xor_sync(0xffffffffu, square, offset);
-        }
+        for (int w = 0; w < warps; ++w) sum += shared.parts[w][row], square += shared.squares[w];
         sum *= rsqrtf(square / args.width + args.eps);
-        if (args.gate_up_bias) sum += __bfloat162float(args.gate_up_bias[first * 16 + row]);
-        const float up = __shfl_down_sync(0xffffffffu, sum, 16);
-        if (lane < 16 && lane % 4 == 0) shared.h[column] = __float2bfloat16(silu(sum) * up);
+        if (args.gate_up_bias && alive) sum += __bfloat162float(args.gate_up_bias[first * 16 + row]);
+        const float up = __shfl_down_sync(0xffffffffu, sum, 8);
+        if (row % 16 < 8) shared.h[row / 16 * 8 + row % 8] = __float2bfloat16(alive ? silu(sum) * up : 0.f);
     }
     __syncthreads();
     const auto *h = reinterpret_cast<const uint32_t *>(shared.h) + lane % 4;
@@ -188,7 +176,9 @@ int shared_bytes(int width, int groups) { return groups * 16 * pitch_of(width); 
 
 extern "C" int32_t gleaner_row_sm90_fits(int32_t width, int32_t intermediate, int32_t head_dim) {
     int groups, bytes;
-    return head_dim == 64 && width > 0 && width % 128 == 0 && width <= kMaxWarps * 64 && intermediate > 0 && intermediate % 8 == 0 &&
+    // Three warps join the sums of all columns of h.
+    return head_dim == 64 && width >= 256 && width % 128 == 0 && width <= kMaxWarps * 64 && intermediate > 0 &&
+           intermediate % 8 == 0 &&
            count_groups(&groups, intermediate) == cudaSuccess && groups <= kMaxGroups &&
            device_attribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin) == cudaSuccess &&
            shared_bytes(width, groups) + static_cast<int>(sizeof(Shared)) <= bytes;

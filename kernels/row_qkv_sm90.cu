@@ -57,16 +57,13 @@ __global__ void __launch_bounds__(kMaxWarps * 32) row_qkv_kernel(const Args args
     }
     if (lane % 4 == 0) parts[warp][lane / 4] = c[0] + c[1], parts[warp][lane / 4 + 8] = c[2] + c[3];
     __syncthreads();
-    if (warp > 0) return;
-    // Two lanes share a sum.
+    if (threadIdx.x >= 16) return;
     float sum = 0.f, square = 0.f;
-    for (int w = lane / 16; w < warps; w += 2) sum += parts[w][lane % 16], square += squares[w];
-    sum += __shfl_xor_sync(0xffffffffu, sum, 16);
-    square += __shfl_xor_sync(0xffffffffu, square, 16);
+    for (int w = 0; w < warps; ++w) sum += parts[w][threadIdx.x], square += squares[w];
     sum = sum * rsqrtf(square / (args.vectors * 8) + args.eps) + bias;
-    const float partner = __shfl_xor_sync(0xffffffffu, sum, 8);
-    sum = sum * angle.x + (lane < 8 ? -partner : partner) * angle.y;
-    if (lane < 16) args.out[static_cast<size_t>(position) * args.n + column] = __float2bfloat16(sum);
+    const float partner = __shfl_xor_sync(0xffffu, sum, 8);
+    sum = sum * angle.x + (threadIdx.x < 8 ? -partner : partner) * angle.y;
+    args.out[static_cast<size_t>(position) * args.n + column] = __float2bfloat16(sum);
 }
 
 }  // namespace

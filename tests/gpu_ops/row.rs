@@ -41,7 +41,7 @@ fn stream(width: usize) -> Vec<f32> {
 #[ignore = "needs a GPU"]
 fn rows_come_back_or_are_no_numbers() {
     let Some(gpu) = open() else { return };
-    for width in [128, 896, 1024] {
+    for width in [256, 896, 1024] {
         let mut x = stream(width);
         x[7] = 2.0f32.powi(21) - 1.0;
         let out = floats(&gpu, &fixed(&gpu, &gpu.upload(&x)), width);
@@ -60,7 +60,7 @@ fn rows_come_back_or_are_no_numbers() {
 fn row_qkv() {
     let Some(mut gpu) = open() else { return };
     let mut worst = 0.0f64;
-    for (head_dim, n, k) in [(64, 640, 384), (64, 1152, 896), (128, 4096, 1024), (64, 192, 128)] {
+    for (head_dim, n, k) in [(64, 640, 384), (64, 1152, 896), (128, 4096, 1024), (64, 192, 256)] {
         for (position, columns) in [(0, n), (17, n - head_dim), (63, 0)] {
             gpu.set(1, [position, 0]);
             let rows = 64;
@@ -100,10 +100,10 @@ fn row_attention() {
         (6, 2, 0, 384),
         (14, 2, 0, 896),
         (16, 8, 0, 1024),
-        (4, 2, 100, 128),
+        (4, 2, 100, 256),
         (2, 1, 5, 256),
-        (3, 3, 0, 128),
-        (8, 1, 1000, 128),
+        (3, 3, 0, 256),
+        (8, 1, 1000, 256),
     ] {
         for rows in [1, 63, 64, 65, 128, 129, 400, 1151, 2561] {
             let heads = Heads { q, kv, dim, window };
@@ -139,7 +139,7 @@ fn row_attention() {
 fn row_mlp() {
     let Some(gpu) = open() else { return };
     let mut worst = 0.0f64;
-    for (width, intermediate, bias) in [(896, 4864, false), (1024, 3072, true), (384, 1024, false), (128, 48, true)] {
+    for (width, intermediate, bias) in [(896, 4864, false), (1024, 3072, true), (384, 1024, false), (256, 48, true)] {
         let (gate_up, weight, up_bias) = gpu.linear(2 * intermediate, width, bias);
         let (down, down_weight, down_bias) = gpu.linear(width, intermediate, bias);
         let (a, norm) = (noise(width, 7), noise(width, 17));
