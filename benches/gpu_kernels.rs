@@ -23,8 +23,8 @@ mod gpu {
 
     use cudarc::driver::{CudaSlice, DeviceRepr, DriverError};
     use gleaner::cuda::ops::{
-        AttentionParts, DeviceLinear, DevicePlan, Heads, Norm, Normed, Residual, Rotation, Rows, Shift, Starts,
-        StepBuffers,
+        AttentionParts, DeviceLinear, DevicePlan, FixedRow, Heads, Norm, Normed, Residual, Rotation, Rows, Shift,
+        Starts, StepBuffers,
     };
     use gleaner::cuda::{self, CublasLt, CudaDevice};
     use gleaner::model::{Config, RopeTable, SHAPES};
@@ -328,7 +328,7 @@ mod gpu {
             let attention = Kernel {
                 name: "decode_attention",
                 dims: [POSITION + 1, heads.q, heads.dim],
-                work: Work::DecodeAttention { q_dim, kv_dim: config.kv_dim(), window: 0 },
+                work: Work::DecodeAttention { q_dim, kv_dim: config.kv_dim(), window: 0, out: 0 },
                 product: false,
             };
             self.measure(attention, || {
@@ -347,6 +347,30 @@ mod gpu {
                 let linear = self.linear(2 * intermediate, hidden, false)?;
                 Ok(Box::new(move || device.gemv_swiglu(&mut out, &a, norm, &linear)))
             })?;
+            if device.has_row_kernels(hidden, intermediate, heads.dim) {
+                self.measure(kernel("row_qkv qkv", qkv, hidden, Work::product), || {
+                    let (mut out, row) = (device.zeros(cache)?, FixedRow::new(device, hidden)?);
+                    let (linear, rotation) = (self.linear(qkv, hidden, config.qkv_bias)?, self.rotation());
+                    Ok(Box::new(move || device.row_qkv(&mut out, &row, norm, &linear, rotation, position)))
+                })?;
+                let attention = Kernel {
+                    name: "row_attention",
+                    dims: [POSITION + 1, heads.q, heads.dim],
+                    work: Work::DecodeAttention { q_dim, kv_dim: config.kv_dim(), window: 0, out: hidden },
+                    product: false,
+                };
+                self.measure(attention, || {
+                    let (mut row, qkv) = (FixedRow::new(device, hidden)?, self.random(cache)?);
+                    let o = self.linear(hidden, q_dim, false)?;
+                    Ok(Box::new(move || device.row_attention(&mut row, &qkv, &o, heads, position)))
+                })?;
+                self.measure(kernel("row_mlp", 3 * intermediate, hidden, Work::product), || {
+                    let mut row = FixedRow::new(device, hidden)?;
+                    let gate_up = self.linear(2 * intermediate, hidden, false)?;
+                    let down = self.linear(hidden, intermediate, false)?;
+                    Ok(Box::new(move || device.row_mlp(&mut row, norm, &gate_up, &down)))
+                })?;
+            }
             self.measure(kernel("gemv_logits", vocab, hidden, Work::fp32_product), || {
                 let (mut out, mut best) = (device.zeros(vocab)?, device.zeros(1)?);
                 let (a, weight) = (self.row(hidden)?, self.random(vocab * hidden)?);

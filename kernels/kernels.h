@@ -102,6 +102,37 @@ int32_t gleaner_decode_attention(void *out, float *parts, int32_t *done, const v
                                  int32_t max_rows, int32_t splits, int32_t num_heads, int32_t num_kv_heads,
                                  int32_t head_dim, int32_t window, void *stream);
 
+// A row's way through a layer in three kernels, for Hopper and for layers that gleaner_row_sm90_fits says they serve. In between
+// the residual stream is a row of int64 [2 * width + 2], in units of 2^-32, so that many CTAs may add to it in any order with
+// the same sum: x, what was added since, and whether something was out of range (2^21 of an addition, 2^30 of the sum) or not
+// finite, in which case everything that is read from the row is not a number.
+
+// Whether these kernels serve rows so wide, an intermediate size of so many and heads so wide, on this device; 0 or 1.
+int32_t gleaner_row_sm90_fits(int32_t width, int32_t intermediate, int32_t head_dim);
+
+// row = x, fp32 [width]. What comes before has ended when the next kernel but one starts.
+int32_t gleaner_row_sm90_start(int64_t *row, const float *x, int32_t width, void *stream);
+
+// x = row
+int32_t gleaner_row_sm90_end(float *x, const int64_t *row, int32_t width, void *stream);
+
+// As gleaner_gemv_rope.
+int32_t gleaner_row_sm90_qkv(void *out, const int64_t *row, const void *norm, const void *weight, const void *bias,
+                             const void *table, const int32_t *out_row, float eps, int32_t n, int32_t k, int32_t head_dim,
+                             int32_t rope_columns, void *stream);
+
+// row += a weight^T + bias, a [num_heads * 64] as gleaner_decode_attention makes it, weight [width, num_heads * 64].
+// *position, and the rows of qkv before it, were there when the kernel before the last one started.
+int32_t gleaner_row_sm90_attention(int64_t *row, const void *qkv, const void *weight, const void *bias,
+                                   const int32_t *position, int32_t num_heads, int32_t num_kv_heads, int32_t window,
+                                   int32_t width, void *stream);
+
+// row += (silu(gate) * up) down^T + down_bias, gate and up as gleaner_gemv_swiglu makes them of norm(row) and gate_up
+// [2 * intermediate, width]; down [width, intermediate].
+int32_t gleaner_row_sm90_mlp(int64_t *row, const void *norm, const void *gate_up, const void *gate_up_bias,
+                             const void *down, const void *down_bias, float eps, int32_t width, int32_t intermediate,
+                             void *stream);
+
 // out [rows - first_row, num_heads * head_dim] = softmax(q k^T / sqrt(head_dim)) v of the rows from first_row on, causal; qkv
 // [rows, (num_heads + 2 * num_kv_heads) * head_dim], bf16. head_dim 64 or 128. window: keys a row may attend to, itself
 // included; 0 for all. first_row: a device integer, a multiple of GLEANER_ROW_BLOCK, or null for 0.

@@ -11,7 +11,7 @@ use half::bf16;
 use super::device::{Allocator, driver_error};
 use super::forward::{Forward, Live};
 use super::memory::{self, AnswerSizes};
-use super::ops::{AttentionParts, Heads, NO_TOKEN, Rows, Sent, answer, sampling_words};
+use super::ops::{AttentionParts, FixedRow, Heads, NO_TOKEN, Rows, Sent, answer, sampling_words};
 use super::record::Recorded;
 use super::workspace::Activations;
 use crate::model::Model;
@@ -38,6 +38,8 @@ pub struct Answering {
     /// The prompt's tokens.
     tokens: CudaSlice<u32>,
     pub parts: AttentionParts,
+    /// The last token's residual stream between two layers, where the GPU has kernels for it.
+    pub row: FixedRow,
     /// Rows of the prompt, and of a new token: one.
     pub counts: CudaSlice<i32>,
     /// See [`answer`].
@@ -93,6 +95,7 @@ impl Answering {
             logits: allocator.zeros(sizes.logits)?,
             tokens: allocator.zeros(sizes.prompt_tokens)?,
             parts: AttentionParts::allocate(&mut allocator, heads)?,
+            row: FixedRow::allocate(&mut allocator, sizes.row)?,
             counts: allocator.zeros(2)?,
             state: allocator.zeros(answer::LEN)?,
             best: allocator.zeros(1)?,

@@ -136,7 +136,11 @@ impl Forward<'_> {
     /// The last token through all layers, behind what the caches hold, to the next one.
     pub fn decode(&self, answering: &mut Answering) -> Result<()> {
         let Forward { device, weights, config } = *self;
-        let Answering { one, caches, parts, counts, state, .. } = answering;
+        let Answering { one, caches, parts, row: fixed, counts, state, .. } = answering;
+        let in_three = device.has_row_kernels(config.hidden_size, config.intermediate_size, config.head_dim);
+        if in_three {
+            device.row_start(fixed, &one.residual.x)?;
+        }
         let (row, position) = (Rows { ints: counts, index: 1, max: 1 }, Shift { ints: state, index: answer::POSITION });
         for (index, (layer, cache)) in weights.layers.iter().zip(caches).enumerate() {
             let _layer = range!("layer {index}");
@@ -144,15 +148,28 @@ impl Forward<'_> {
             let norm = |weight| Norm { weight, eps: config.rms_norm_eps };
             let columns = if layer.head_norms.is_some() { 0 } else { (q + kv) * dim };
             let rotation = Rotation { table: &one.rope, head_dim: dim, columns };
-            device.gemv_rope(cache, &one.residual.x, norm(&layer.input_layernorm), &layer.qkv, rotation, position)?;
+            let input_norm = norm(&layer.input_layernorm);
+            match in_three {
+                true => device.row_qkv(cache, fixed, input_norm, &layer.qkv, rotation, position)?,
+                false => device.gemv_rope(cache, &one.residual.x, input_norm, &layer.qkv, rotation, position)?,
+            }
             if let Some(norms) = &layer.head_norms {
                 let (stride, eps) = (layer.heads.qkv_columns(), config.rms_norm_eps);
                 device.head_norm(cache, norms, rotation, (q, kv), stride, row, Some(position), None, eps)?;
             }
+            let mlp_norm = norm(&layer.post_attention_layernorm);
+            if in_three {
+                device.row_attention(fixed, cache, &layer.o_proj, layer.heads, position)?;
+                device.row_mlp(fixed, mlp_norm, &layer.gate_up, &layer.down_proj)?;
+                continue;
+            }
             device.decode_attention(&mut one.attended, parts, cache, layer.heads, position)?;
             device.gemv_residual(&mut one.residual.x, &one.attended, &layer.o_proj)?;
-            device.gemv_swiglu(&mut one.h, &one.residual.x, norm(&layer.post_attention_layernorm), &layer.gate_up)?;
+            device.gemv_swiglu(&mut one.h, &one.residual.x, mlp_norm, &layer.gate_up)?;
             device.gemv_residual(&mut one.residual.x, &one.h, &layer.down_proj)?;
+        }
+        if in_three {
+            device.row_end(&mut one.residual.x, fixed)?;
         }
         self.head(answering)
     }

@@ -34,6 +34,11 @@ pub fn vocab_rows(config: &Config) -> usize {
     config.vocab_size.next_multiple_of(16)
 }
 
+/// Elements of a row of the residual stream in fixed point: two a column, and two that say whether one was out of range.
+pub const fn fixed_row(width: usize) -> usize {
+    2 * width + 2
+}
+
 /// Bytes of a model's weights on the device: everything in bf16, and the last layer's q and k a second time, alone, for
 /// scoring.
 pub fn weight_bytes(config: &Config) -> u64 {
@@ -255,6 +260,8 @@ pub struct AnswerSizes {
     pub parts: usize,
     pub done: usize,
     pub state: usize,
+    /// The new row's residual stream in fixed point, 64 bits each.
+    pub row: usize,
 }
 
 /// Integers of an answer's state and counters, see [`AnswerSizes::state`].
@@ -273,13 +280,14 @@ impl AnswerSizes {
             parts: q * ATTENTION_SPLITS * (dim + 2),
             done: q,
             state: ANSWER_WORDS,
+            row: fixed_row(config.hidden_size),
         }
     }
 
     /// The bytes of it all, for so many layers.
     pub fn bytes(&self, layers: usize) -> u64 {
         let words = self.logits + self.prompt_tokens + self.parts + self.done + self.state;
-        (self.prompt.bytes() + self.one.bytes() + HALF * layers * self.cache + WORD * words) as u64
+        (self.prompt.bytes() + self.one.bytes() + HALF * layers * self.cache + WORD * words + DOUBLE * self.row) as u64
     }
 
     /// The larger of the two for each buffer.
@@ -414,7 +422,9 @@ mod tests {
         // Done parts of as many heads as there may be key heads; two counts, two integers of state; the likeliest token
         // and two words of sampling, in 64 bits.
         let integers = (14 + 2 + 2 + 2 + 4) * 4;
-        let expected = cache + 1001 * row + tables + parts + logits_and_tokens + integers;
+        // Two numbers a column, and whether one was out of range.
+        let fixed_row = (2 * 896 + 2) * 8;
+        let expected = cache + 1001 * row + tables + parts + logits_and_tokens + integers + fixed_row;
         assert_eq!(AnswerSizes::new(&qwen(), 1000, 100).bytes(24), expected);
     }
 

@@ -37,6 +37,8 @@ pub enum Work {
         kv_dim: usize,
         /// Keys the row may attend to, itself included; 0 for all.
         window: usize,
+        /// Columns that a matrix makes of what is attended to, 0 without one.
+        out: usize,
     },
     /// Question rows against all keys. The logits are not counted: they pass through the cache.
     QuestionLogits {
@@ -77,7 +79,7 @@ impl Work {
             Work::Elementwise { width } => 2 * rows * width,
             Work::Product { n, k, moved } => rows * k + n * k + rows * moved,
             Work::Attention { q_dim, kv_dim, .. } => 2 * (rows * q_dim + (before + rows) * kv_dim),
-            Work::DecodeAttention { kv_dim, window, .. } => 2 * seen(rows, window) * kv_dim,
+            Work::DecodeAttention { q_dim, kv_dim, window, out } => 2 * seen(rows, window) * kv_dim + q_dim * out,
             Work::QuestionLogits { question_rows, q_dim, kv_dim } => question_rows * q_dim + (before + rows) * kv_dim,
         };
         2 * numbers as u64
@@ -93,7 +95,7 @@ impl Work {
                 let of_first = |rows: usize| rows * rows - (rows - seen(rows, window)).pow(2);
                 2 * (of_first(before + rows) - of_first(before)) * q_dim
             }
-            Work::DecodeAttention { q_dim, window, .. } => 4 * seen(rows, window) * q_dim,
+            Work::DecodeAttention { q_dim, window, out, .. } => (4 * seen(rows, window) + 2 * out) * q_dim,
             Work::QuestionLogits { question_rows, q_dim, .. } => 2 * question_rows * (before + rows) * q_dim,
         };
         flops as u64
@@ -144,9 +146,11 @@ mod tests {
             let parts = attention(window).flops(5, 0) + attention(window).flops(4, 5);
             assert_eq!(attention(window).flops(9, 0), parts, "{window}");
         }
-        let decode = |window| Work::DecodeAttention { q_dim: 3, kv_dim: 2, window };
+        let decode = |window| Work::DecodeAttention { q_dim: 3, kv_dim: 2, window, out: 0 };
         assert_eq!((decode(0).bytes(100, 0), decode(0).flops(100, 0)), (800, 1200));
         assert_eq!((decode(5).bytes(100, 0), decode(5).flops(100, 0)), (40, 60));
+        let with_matrix = Work::DecodeAttention { q_dim: 3, kv_dim: 2, window: 5, out: 7 };
+        assert_eq!((with_matrix.bytes(100, 0), with_matrix.flops(100, 0)), (40 + 2 * 21, 60 + 2 * 21));
     }
 
     #[test]

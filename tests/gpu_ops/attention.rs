@@ -9,7 +9,7 @@ use super::{BF16_ROUNDING, Gpu, READING_LENGTHS, check, check_within, scaled_noi
 /// `softmax(q k^T / sqrt(dim)) v` of every row, and what each element may be off by: probabilities are rounded to bf16
 /// before they meet the values, each off by 2^-8 of itself, so the sum by 2^-8 of the sum of their products' magnitudes;
 /// then comes one more rounding. Logits are off by fp32 rounding alone.
-fn definition(qkv: &[f32], heads: Heads, rows: usize) -> (Vec<f64>, Vec<f64>) {
+pub fn definition(qkv: &[f32], heads: Heads, rows: usize) -> (Vec<f64>, Vec<f64>) {
     let Heads { q, kv, dim, window } = heads;
     let width = heads.qkv_columns();
     let (mut expected, mut allowed) = (vec![0.0; rows * q * dim], vec![0.0; rows * q * dim]);

@@ -14,7 +14,7 @@ use crate::rows::normalised;
 const LINEARS: [(usize, usize); 5] = [(640, 384), (1152, 896), (48, 40), (896, 4864), (272, 72)];
 
 /// `norm(a) weight^T + bias` in fp64, and the sums of its terms' magnitudes.
-fn normed_product(a: &[bf16], norm: &[bf16], weight: &[bf16], bias: &[bf16]) -> (Vec<f64>, Vec<f64>) {
+pub fn normed_product(a: &[bf16], norm: &[bf16], weight: &[bf16], bias: &[bf16]) -> (Vec<f64>, Vec<f64>) {
     let normed = normalised(a, norm, EPS);
     let row = |(weight, bias): (&[bf16], &bf16)| {
         let terms = weight.iter().zip(&normed).map(|(w, x)| w.to_f64() * x);
@@ -25,7 +25,7 @@ fn normed_product(a: &[bf16], norm: &[bf16], weight: &[bf16], bias: &[bf16]) -> 
 
 /// Each of the at most k additions of a sum, in whatever order, is off by at most 2^-24 of the sum of magnitudes; so are the
 /// norm's factor and the products with its weights.
-fn fp32_sum(magnitude: f64, k: usize) -> f64 {
+pub fn fp32_sum(magnitude: f64, k: usize) -> f64 {
     magnitude * (k + 8) as f64 * FP32_ROUNDING
 }
 

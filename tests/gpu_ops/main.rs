@@ -3,6 +3,7 @@
 
 mod attention;
 mod linear;
+mod row;
 mod rows;
 mod sampling;
 mod scoring;

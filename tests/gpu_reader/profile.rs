@@ -5,6 +5,7 @@ use std::ops::ControlFlow;
 use std::process::Command;
 use std::sync::Arc;
 
+use gleaner::cuda::CudaDevice;
 use gleaner::model::Model;
 use gleaner::plan::Plan;
 use gleaner::reader::{Reader, Sampling};
@@ -24,10 +25,12 @@ fn profile(reader: &dyn Reader, plan: &Plan, prompt: &[u32]) -> Vec<Operation> {
     profile.operations
 }
 
-/// The calls that the passes make in models of so many layers, with or without head norms.
+/// The calls that the passes make in models of so many layers, with or without head norms, a new row in three kernels or five
+/// a layer.
 fn expected_calls(
     layers: u64,
     head_norms: bool,
+    in_three: bool,
     steps: u64,
     tokens: u64,
 ) -> BTreeMap<(&'static str, &'static str), u64> {
@@ -49,8 +52,13 @@ fn expected_calls(
     for name in ["gemm_rope qkv", "attention", "gemm_residual o", "gemm_swiglu gate_up", "gemm_residual down"] {
         calls.extend([(("read", name), steps * full), (("prefill", name), layers)]);
     }
-    for name in ["gemv_rope qkv", "decode_attention", "gemv_residual o", "gemv_swiglu gate_up", "gemv_residual down"] {
-        calls.insert(("decode", name), tokens * layers);
+    let names: &[_] = match in_three {
+        true => &["row_qkv qkv", "row_attention", "row_mlp"],
+        false => &["gemv_rope qkv", "decode_attention", "gemv_residual o", "gemv_swiglu gate_up", "gemv_residual down"],
+    };
+    calls.extend(names.iter().map(|name| (("decode", *name), tokens * layers)));
+    if in_three {
+        calls.extend([(("decode", "row_start"), tokens), (("decode", "row_end"), tokens)]);
     }
     if head_norms {
         calls.insert(("read", "head_norm"), steps * (full + 2));
@@ -84,8 +92,11 @@ fn profiles_cover_every_launch_and_change_nothing() {
             .map(|operation| ((operation.stage.name(), operation.name.as_str()), operation.calls))
             .collect();
         let head_norms = model.layers[0].q_norm.is_some();
-        let expected =
-            expected_calls(config.num_hidden_layers as u64, head_norms, plan.chunks() as u64, NEW_TOKENS as u64 - 1);
+        let in_three =
+            CudaDevice::open(0).unwrap().has_row_kernels(config.hidden_size, config.intermediate_size, config.head_dim);
+        let [layers, steps, tokens] =
+            [config.num_hidden_layers, plan.chunks(), NEW_TOKENS - 1].map(|count| count as u64);
+        let expected = expected_calls(layers, head_norms, in_three, steps, tokens);
         assert_eq!(calls, expected, "{:?}", config.architecture);
 
         let mut flops = 0;

@@ -16,7 +16,7 @@ pub struct Norm<'a> {
     pub eps: f32,
 }
 
-fn check_norm(op: &dyn Fn() -> String, norm: Norm, k: usize) -> Result<()> {
+pub(super) fn check_norm(op: &dyn Fn() -> String, norm: Norm, k: usize) -> Result<()> {
     // A row in fp32 must fit the shared memory of any GPU: 99 KiB.
     require(norm.weight.len() == k && k <= 24 << 10, op, "the norm must be as wide as the row, at most 24576")
 }
@@ -282,7 +282,7 @@ impl CudaDevice {
         let max_rows = (qkv.len() / heads.qkv_columns()).min(MAX_ROWS);
         let position = self.shift(Some(position))?;
         let Heads { q, kv, dim, window } = heads;
-        let work = Work::DecodeAttention { q_dim: q * dim, kv_dim: kv * dim, window };
+        let work = Work::DecodeAttention { q_dim: q * dim, kv_dim: kv * dim, window, out: 0 };
         let _kernel = self.kernel("decode_attention", "", max_rows, work);
         // SAFETY: as in `embed`; the caller keeps the position below the rows of `qkv`.
         check(

@@ -4,10 +4,12 @@
 
 mod decode;
 mod hold;
+mod row;
 mod steps;
 
 pub use decode::{AttentionParts, Logits, NO_TOKEN, Norm, Sampled, Sent, answer, sampling_words};
 pub(in crate::cuda) use hold::Gate;
+pub use row::FixedRow;
 pub use steps::{DevicePlan, StepBuffers, StepCounts, StepLog, state};
 
 use std::ffi::{CStr, c_int, c_void};
@@ -234,6 +236,7 @@ impl CudaDevice {
     ///
     /// # Errors
     /// [`Error::Cuda`] if a buffer is too small, `width` is not a multiple of 8, or the launch fails.
+    #[allow(clippy::too_many_arguments, reason = "operands of one op")]
     pub fn embed(
         &self,
         residual: &mut Residual,

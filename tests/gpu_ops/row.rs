@@ -1,0 +1,178 @@
+//! The kernels that take one row through a layer with its residual stream in fixed point.
+
+use cudarc::driver::CudaSlice;
+use gleaner::cuda::ops::{FixedRow, Heads, Norm, Rotation};
+
+use super::{
+    BF16_ROUNDING, CANARIES, CANARY, EPS, FP32_ROUNDING, Gpu, JUNK_ROWS, Noise, accumulation, check_within, noise,
+    rotate, scaled_noise, to_f32,
+};
+use crate::attention::definition;
+use crate::linear::{fp32_sum, normed_product};
+
+/// What two bf16 numbers leave of a value.
+const TWO_ROUNDINGS: f64 = BF16_ROUNDING * BF16_ROUNDING;
+
+/// A GPU, if it has the kernels.
+fn open() -> Option<Gpu> {
+    let gpu = Gpu::open();
+    gpu.device.has_row_kernels(896, 4864, 64).then_some(gpu)
+}
+
+fn fixed(gpu: &Gpu, x: &CudaSlice<f32>) -> FixedRow {
+    let mut row = FixedRow::new(&gpu.device, x.len()).unwrap();
+    gpu.device.row_start(&mut row, x).unwrap();
+    row
+}
+
+fn floats(gpu: &Gpu, row: &FixedRow, width: usize) -> Vec<f64> {
+    let mut x = gpu.upload(&vec![0.0f32; width]);
+    gpu.device.row_end(&mut x, row).unwrap();
+    gpu.fetch(&x).iter().map(|&x| x as f64).collect()
+}
+
+/// fp32 numbers in -1..1.
+fn stream(width: usize) -> Vec<f32> {
+    let mut fine = Noise::new(6);
+    (0..width).map(|_| (2.0 * fine.unit() - 1.0) as f32).collect()
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn rows_come_back_or_are_no_numbers() {
+    let Some(gpu) = open() else { return };
+    for width in [256, 896, 1024] {
+        let mut x = stream(width);
+        x[7] = 2.0f32.powi(21) - 1.0;
+        let out = floats(&gpu, &fixed(&gpu, &gpu.upload(&x)), width);
+        let expected: Vec<f64> = x.iter().map(|&x| x as f64).collect();
+        check_within(&out, &expected, |i| 2f64.powi(-33) + expected[i].abs() * FP32_ROUNDING, "a row there and back");
+        for wrong in [2.0f32.powi(21), -1e30, f32::INFINITY, f32::NAN] {
+            x[7] = wrong;
+            assert!(floats(&gpu, &fixed(&gpu, &gpu.upload(&x)), width).iter().all(|x| x.is_nan()), "{wrong}");
+        }
+    }
+}
+
+/// As `gemv_rope`, but for the row's two bf16 parts.
+#[test]
+#[ignore = "needs a GPU"]
+fn row_qkv() {
+    let Some(mut gpu) = open() else { return };
+    let mut worst = 0.0f64;
+    for (head_dim, n, k) in [(64, 640, 384), (64, 1152, 896), (128, 4096, 1024), (64, 192, 256)] {
+        for (position, columns) in [(0, n), (17, n - head_dim), (63, 0)] {
+            gpu.set(1, [position, 0]);
+            let rows = 64;
+            let (linear, weight, bias) = gpu.linear(n, k, columns > 0);
+            let (a, norm) = (noise(k, 15), noise(k, 19));
+            let (mut expected, magnitudes) = normed_product(&a, &norm, &weight, &bias);
+            let norm_gpu = gpu.upload(&norm);
+            let norm = Norm { weight: &norm_gpu, eps: EPS };
+            let (table, table_gpu) = gpu.rope_table(rows + JUNK_ROWS + CANARIES.div_ceil(n), head_dim);
+            expected[..columns].chunks_mut(head_dim).for_each(|head| rotate(head, &table, position));
+            let rotation = Rotation { table: &table_gpu, head_dim, columns };
+            let mut out = gpu.canaries(rows, n);
+            let row = fixed(&gpu, &gpu.upload(&to_f32(&a)));
+            gpu.device.row_qkv(&mut out, &row, norm, &linear, rotation, gpu.shift(0)).unwrap();
+            let op = format!("row_qkv [{n}, {k}] to row {position}, {columns} columns rotated");
+            let out = gpu.fetch(&out);
+            let (start, end) = (position * n, (position + 1) * n);
+            let others = out[..start].iter().chain(&out[end..]);
+            assert!(others.into_iter().all(|value| *value == CANARY), "{op} wrote beside its row");
+            let out: Vec<f64> = out[start..end].iter().map(|value| value.to_f64()).collect();
+            let largest = magnitudes.iter().copied().fold(0.0, f64::max);
+            let before = 2.0 * (fp32_sum(largest, k) + largest * TWO_ROUNDINGS + accumulation(k));
+            let allowed = |i: usize| expected[i].abs() * BF16_ROUNDING * 1.01 + before;
+            worst = worst.max(check_within(&out, &expected, allowed, &op));
+        }
+    }
+    println!("row_qkv: worst error {worst:.2} of the bound");
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn row_attention() {
+    let Some(mut gpu) = open() else { return };
+    let mut worst = 0.0f64;
+    let dim = 64;
+    for (q, kv, window, width) in [
+        (6, 2, 0, 384),
+        (14, 2, 0, 896),
+        (16, 8, 0, 1024),
+        (4, 2, 100, 256),
+        (2, 1, 5, 256),
+        (3, 3, 0, 256),
+        (8, 1, 1000, 256),
+    ] {
+        for rows in [1, 63, 64, 65, 128, 129, 400, 1151, 2561] {
+            let heads = Heads { q, kv, dim, window };
+            let qkv = scaled_noise(rows * heads.qkv_columns(), 9, 2.0);
+            let (attended, _) = definition(&to_f32(&qkv), heads, rows);
+            let attended = &attended[(rows - 1) * q * dim..];
+            let (o, weight, bias) = gpu.linear(width, q * dim, rows % 2 == 0);
+            let x = stream(width);
+            let rows_of = || weight.chunks(q * dim).map(|weight| weight.iter().map(|w| w.to_f64()));
+            let expected: Vec<f64> = rows_of()
+                .zip(&bias)
+                .zip(&x)
+                .map(|((w, b), &x)| x as f64 + b.to_f64() + w.zip(attended).map(|(w, a)| w * a).sum::<f64>())
+                .collect();
+            let sums: Vec<f64> = rows_of().map(|weight| weight.map(f64::abs).sum()).collect();
+            gpu.set(1, [rows - 1, 0]);
+            let mut row = fixed(&gpu, &gpu.upload(&x));
+            let qkv_gpu = gpu.with_junk(&qkv, heads.qkv_columns());
+            gpu.device.synchronize().unwrap();
+            gpu.device.row_attention(&mut row, &qkv_gpu, &o, heads, gpu.shift(0)).unwrap();
+            let op = format!("row_attention [{rows}, {q} of {kv} heads of {dim}, window {window}, {width}]");
+            // Probabilities in two bf16 parts meet values of at most 2, and what is attended to has two parts again.
+            let allowed = |i: usize| sums[i] * (4.0 * TWO_ROUNDINGS + 1e-5) + accumulation(q * dim);
+            worst = worst.max(check_within(&floats(&gpu, &row, width), &expected, allowed, &op));
+        }
+    }
+    println!("row_attention: worst error {worst:.2} of the bound");
+}
+
+/// Two runs have the same bits.
+#[test]
+#[ignore = "needs a GPU"]
+fn row_mlp() {
+    let Some(gpu) = open() else { return };
+    let mut worst = 0.0f64;
+    for (width, intermediate, bias) in [(896, 4864, false), (1024, 3072, true), (384, 1024, false), (256, 48, true)] {
+        let (gate_up, weight, up_bias) = gpu.linear(2 * intermediate, width, bias);
+        let (down, down_weight, down_bias) = gpu.linear(width, intermediate, bias);
+        let (a, norm) = (noise(width, 7), noise(width, 17));
+        let (products, magnitudes) = normed_product(&a, &norm, &weight, &up_bias);
+        let before = |at: usize| fp32_sum(magnitudes[at], width) + magnitudes[at] * TWO_ROUNDINGS + accumulation(width);
+        let h: Vec<(f64, f64)> = (0..intermediate)
+            .map(|i| {
+                let at = i / 8 * 16 + i % 8;
+                let (gate, up) = (products[at], products[at + 8]);
+                let h = gate / (1.0 + (-gate).exp()) * up;
+                // The slope of silu is at most 1.1.
+                let inexact = 1.1 * up.abs() * before(at) + gate.abs() * before(at + 8);
+                (h, h.abs() * BF16_ROUNDING * 1.01 + 1e-5 + inexact)
+            })
+            .collect();
+        let (mut expected, mut allowed) = (Vec::new(), Vec::new());
+        for ((weight, b), x) in down_weight.chunks(intermediate).zip(&down_bias).zip(&a) {
+            let terms = weight.iter().zip(&h).map(|(w, (h, off))| (w.to_f64() * h, w.to_f64().abs() * off));
+            let (sum, off) = terms.fold((0.0, 0.0), |(sum, all), (term, off)| (sum + term, all + off));
+            expected.push(x.to_f64() + b.to_f64() + sum);
+            allowed.push(off + accumulation(intermediate));
+        }
+        let norm_gpu = gpu.upload(&norm);
+        let x = gpu.upload(&to_f32(&a));
+        let run = || {
+            let mut row = fixed(&gpu, &x);
+            gpu.device.row_mlp(&mut row, Norm { weight: &norm_gpu, eps: EPS }, &gate_up, &down).unwrap();
+            floats(&gpu, &row, width)
+        };
+        let out = run();
+        let op = format!("row_mlp [{width}, {intermediate}]");
+        worst = worst.max(check_within(&out, &expected, |i| allowed[i], &op));
+        assert_eq!(run(), out, "{op}");
+    }
+    println!("row_mlp: worst error {worst:.2} of the bound");
+}
