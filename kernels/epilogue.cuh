@@ -67,13 +67,12 @@ struct Residual {
         words[0] = pack(sum.low.x * low.x, sum.low.y * low.y);
         words[1] = pack(sum.high.x * high.x, sum.high.y * high.y);
     }
-    // Stores the sum of the squares of 32 columns of a row, of which each lane of a quad brings a part.
+    // Stores the sum of the squares of kSlotColumns columns of a row, of which each lane of a quad brings a part.
     __device__ void store_square(int row, int first_column, float part, bool alive) const {
         part += __shfl_xor_sync(0xffffffffu, part, 1);
         part += __shfl_xor_sync(0xffffffffu, part, 2);
-        const int lane = threadIdx.x % 4, slot = first_column / kSlotColumns + lane;
-        if (alive && lane < 32 / kSlotColumns && slot < slots)
-            squares[static_cast<size_t>(row) * slots + slot] = lane == 0 ? part : 0.f;
+        if (alive && threadIdx.x % 4 == 0 && first_column / kSlotColumns < slots)
+            squares[static_cast<size_t>(row) * slots + first_column / kSlotColumns] = part;
     }
 };
 

@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(Operands operands, Ep
             store(epilogue, out_start + row, column, words);
         }
     }
-    static_assert(kWarpN == 32, "what a square is stored for");
+    static_assert(kWarpN == kSlotColumns, "a warp has what belongs to a slot");
     if constexpr (kResidual)
         for (int i = 0; i < kRows; ++i)
             epilogue.store_square(row_of(i), n0 + warp_n, squares[i], row_of(i) < rows);

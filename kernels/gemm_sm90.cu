@@ -111,10 +111,11 @@ __device__ inline size_t start_of(int row, int width) {
 // An epilogue is for the 16 rows of a warp from `row` on, of which each thread has some. `staged` is where the sums of a chunk
 // lie, `side` where what belongs to them does. Columns from `end` on are another tile's, or nobody's.
 
-// Eight threads a row, with four columns each. Tiles may end within a chunk.
+// Eight threads a row, with four columns each. Squares are summed by chunk, whatever the tile: else a row's sum, and all that
+// becomes of it, would depend in its last bits on the tile, and so on the number of rows.
 struct AddToStream {
-    using TilesOfTwo = Menu<kTileCost, Two::Of<112>, Two::Of<128>, Two::Of<160>, Two::Of<192>, Two::Of<256>>;
-    using TilesOfThree = Menu<kTileCost, Three::Of<112>, Three::Of<128>, Three::Of<192>>;
+    using TilesOfTwo = Menu<kTileCost, Two::Of<128>, Two::Of<160>, Two::Of<192>, Two::Of<256>>;
+    using TilesOfThree = Menu<kTileCost, Three::Of<128>, Three::Of<192>>;
     float *x;
     bf16 *scaled;
     float *squares;
@@ -154,13 +155,15 @@ struct AddToStream {
             if (inside && row + row_of(i) < rows)
                 *reinterpret_cast<float4 *>(x + start_of(row + row_of(i), n) + column) = sum;
             own[i] = pack_four({sum.x * weights.x, sum.y * weights.y, sum.z * weights.z, sum.w * weights.w});
-            squares_of[i] = sum.x * sum.x + sum.y * sum.y + (sum.z * sum.z + sum.w * sum.w);
+            squares_of[i] = inside ? sum.x * sum.x + sum.y * sum.y + (sum.z * sum.z + sum.w * sum.w) : 0.f;
             if (even) of_tile.scaled[i] = own[i];
         }
-        // Of each 16 columns, whatever the tile: else a row's sum would depend on it in its last bits.
-        const int square_row = row + row_of(threadIdx.x % 4);
-        const float square = sum_of_quad(squares_of);
-        if (inside && square_row < rows) squares[start_of(square_row, slots) + column / kSlotColumns] = square;
+        static_assert(kSlotColumns == kChunk);
+        const int square_row = row + row_of(part % 4);
+        float square = sum_of_quad(squares_of);
+        square += __shfl_xor_sync(0xffffffffu, square, 4);
+        if (part < 4 && square_row < rows)
+            squares[start_of(square_row, slots) + (tile_column + chunk * kChunk) / kSlotColumns] = square;
         // Two chunks of `scaled` make whole lines. A last one without a second has no columns for the odd lanes.
         if (even && tile_column + (chunk + 1) * kChunk < end) return;
         const int pair_column = tile_column + chunk / 2 * (2 * kChunk) + part / 2 * 8 + part % 2 * kChunk;

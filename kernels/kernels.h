@@ -21,7 +21,7 @@ const char *gleaner_error_string(int32_t status);
 //   scaled is multiplied, row by row, with 1 / sqrt(sum / width + eps): that is the norm.
 // Of squares, kernels write what their columns own. Elements beyond must be zero.
 #define GLEANER_SQUARES_COLUMNS 512
-#define GLEANER_SQUARES_SLOTS 32
+#define GLEANER_SQUARES_SLOTS 16
 #define GLEANER_SQUARES(width) \
     (((width) + GLEANER_SQUARES_COLUMNS - 1) / GLEANER_SQUARES_COLUMNS * GLEANER_SQUARES_SLOTS)
 

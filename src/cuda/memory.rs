@@ -59,7 +59,7 @@ pub fn weight_bytes(config: &Config) -> u64 {
 
 /// Sums of squares of a row of the residual stream: GLEANER_SQUARES in kernels.h.
 pub const fn squares(width: usize) -> usize {
-    width.div_ceil(512) * 32
+    width.div_ceil(512) * 16
 }
 
 /// Elements of the buffers that a pass over rows takes.
@@ -350,7 +350,7 @@ mod tests {
             tokens: 6000,
         };
         let x_and_scaled = 999 * 896 * (4 + 2);
-        let squares = 999 * 64 * 4;
+        let squares = 999 * 32 * 4;
         let attended = 999 * 14 * 64 * 2;
         let h = 999 * 4864 * 2;
         let rope = 999 * 32 * 8;
@@ -414,7 +414,7 @@ mod tests {
     #[test]
     fn an_answer_takes_the_sum_of_its_buffers() {
         let cache = 24 * 1100 * 18 * 64 * 2;
-        let row = 896 * (4 + 2) + 64 * 4 + 896 * 2 + 4864 * 2;
+        let row = 896 * (4 + 2) + 32 * 4 + 896 * 2 + 4864 * 2;
         let tables = 2 * 1100 * 32 * 8;
         // Of each query head and of each of 16 parts a sum of values, a maximum and a total.
         let parts = 14 * 16 * 66 * 4;

@@ -34,7 +34,7 @@ const WORD_CANARY: f32 = f32::from_bits(0x7b7b_7b7b);
 
 /// Slots of the squares of a row of the residual stream: GLEANER_SQUARES in kernels.h.
 fn slots(width: usize) -> usize {
-    width.div_ceil(512) * 32
+    width.div_ceil(512) * 16
 }
 
 /// Repeatable noise in 0..1.
