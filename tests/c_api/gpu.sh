@@ -8,8 +8,10 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 question="What is the name of the mayor of Pellinbridge?"
 # As tests/c_api/main.rs cuts it: the lines from the evidence on.
-sed -n '/The name of the mayor of Pellinbridge/,$p' examples/almanac.txt | head -c 3500 | iconv -c -f utf-8 -t utf-8 >"$work/excerpt.txt"
-"$library/gleaner" info | grep -E '^(build|GPU)'
+sed -n '/The name of the mayor of Pellinbridge/,$p' examples/almanac.txt >"$work/rest.txt"
+head -c 3500 "$work/rest.txt" | iconv -c -f utf-8 -t utf-8 >"$work/excerpt.txt"
+"$library/gleaner" info >"$work/info.txt"
+grep -E '^(build|GPU)' "$work/info.txt"
 for source in examples/ask.c examples/ask.cpp examples/low_level.c tests/c_api/callbacks.c tests/c_api/misuse.c; do
     case $source in
         *.cpp) compiler="c++ -std=c++17" ;;
