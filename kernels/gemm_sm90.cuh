@@ -16,7 +16,7 @@
 #include "hopper.cuh"
 
 constexpr int kTileK = kBoxColumns;
-constexpr int kCluster = 2;   // CTAs
+constexpr int kCluster = 2;  // CTAs
 constexpr int kStrip = 64;   // rows that a warpgroup multiplies at once, and of a in a copy
 constexpr int kStripBytes = kStrip * kTileK * 2;
 constexpr int kWeightBox = 32;  // rows of the weight in a copy, and half of them in a last one

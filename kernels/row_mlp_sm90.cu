@@ -50,7 +50,7 @@ __device__ void mma_short(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
 // Rows of a matrix in shared memory, free of conflicts for products.
 __host__ __device__ int pitch_of(int width) { return width * 2 + 16; }
 
-// Of 80 registers a thread, so that the other kernels have room beside it.
+// It takes 80 registers a thread, which leaves the other kernels room beside it.
 __global__ void __launch_bounds__(kMaxWarps * 32 + 32, 1) row_mlp_kernel(const Args args) {
     extern __shared__ __align__(128) uint8_t weights[];
     __shared__ Shared shared;

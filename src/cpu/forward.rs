@@ -11,7 +11,7 @@ use crate::range::range;
 use crate::timings::{Clock, Stage, Work};
 
 /// Rows up to which a product reads its weights once, straight from the checkpoint, instead of converting them.
-const GEMV_ROWS: usize = 4;
+pub const GEMV_ROWS: usize = 4;
 /// Elements of a weight that are converted at a time.
 const PANEL_ELEMENTS: usize = 1 << 22;
 
@@ -191,9 +191,15 @@ impl<'a> Decoder<'a> {
         let config = &self.model.config;
         let mut caches = std::mem::take(&mut ws.caches);
         caches.resize_with(self.model.layers.len(), LayerCache::default);
-        for cache in &mut caches {
-            cache.k.truncate(reused * config.kv_dim());
-            cache.v.truncate(reused * config.kv_dim());
+        let (kept, new) = (reused * config.kv_dim(), (tokens.len() - reused) * config.kv_dim());
+        for (index, cache) in caches.iter_mut().enumerate() {
+            cache.k.truncate(kept);
+            cache.v.truncate(kept);
+            // No more than is needed: `workspace_bytes` counts on it.
+            cache.k.reserve_exact(new);
+            if index + 1 < self.model.layers.len() {
+                cache.v.reserve_exact(new);
+            }
         }
         self.embed(&mut ws.x, &tokens[reused..]);
         let (last, layers) = self.model.layers.split_last().expect("a checked configuration has layers");

@@ -23,7 +23,7 @@ use crate::{Error, Result};
 /// Reads with plain fp32 arithmetic on all cores.
 ///
 /// Weights stay in their mapped files and are converted as they are used, so that memory beyond them is that of one
-/// step's activations.
+/// step's activations and its keys and values.
 pub struct CpuReader {
     model: Arc<Model>,
     reuse: bool,
@@ -163,9 +163,11 @@ impl Prompt {
     }
 }
 
-/// Tokens that both begin with, in whole blocks of attention: so each row is computed as it would be with all.
-fn reused_tokens(before: &[u32], tokens: &[u32]) -> usize {
-    let same = before.iter().zip(tokens).take_while(|(a, b)| a == b).count();
+/// Tokens that both prompts begin with, none of them a question row, in whole blocks of attention and with more left than a
+/// product takes one by one: so each row is computed as it would be with all.
+fn reused_tokens(before: &[u32], tokens: &[u32], question_start: usize) -> usize {
+    let most = question_start.min(tokens.len().saturating_sub(forward::GEMV_ROWS + 1));
+    let same = before.iter().zip(&tokens[..most]).take_while(|(a, b)| a == b).count();
     same / attention::BLOCK_ROWS * attention::BLOCK_ROWS
 }
 
@@ -186,7 +188,7 @@ impl CpuReader {
             let _step = range!("step {step}");
             let prompt = Prompt::new(plan, step, &gleaned.kept);
             let question_start = prompt.context.end + plan.question_start as usize;
-            let reused = if self.reuse { reused_tokens(&before, &prompt.tokens[..question_start]) } else { 0 };
+            let reused = if self.reuse { reused_tokens(&before, &prompt.tokens, question_start) } else { 0 };
             let attention = decoder.question_attention(&mut ws, &prompt.tokens, reused, question_start);
             let (phrase_width, topk) = (plan.phrase_width as usize, plan.topk as usize);
             let StepScores { scores, selected } = decoder

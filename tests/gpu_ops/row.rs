@@ -13,10 +13,15 @@ use crate::linear::{fp32_sum, normed_product};
 /// What two bf16 numbers leave of a value.
 const TWO_ROUNDINGS: f64 = BF16_ROUNDING * BF16_ROUNDING;
 
-/// A GPU, if it has the kernels.
+/// A GPU, if it has the kernels, as Hopper's larger ones must.
 fn open() -> Option<Gpu> {
     let gpu = Gpu::open();
-    gpu.device.has_row_kernels(896, 4864, 64).then_some(gpu)
+    let has = gpu.device.has_row_kernels(896, 4864, 64);
+    assert!(has || !gpu.device.runs_hopper_kernels(), "a Hopper GPU without row kernels");
+    if !has {
+        eprintln!("skipped: no row kernels for this GPU");
+    }
+    has.then_some(gpu)
 }
 
 fn fixed(gpu: &Gpu, x: &CudaSlice<f32>) -> FixedRow {

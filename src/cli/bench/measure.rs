@@ -128,7 +128,7 @@ impl Bench<'_> {
 
     /// A whole document, read once behind its beginning.
     pub fn document(&self, plan: &Plan, window: usize) -> Result<DocumentReading, Error> {
-        let first_steps = self.first_steps(window / SENTENCE * SENTENCE);
+        let first_steps = plan.max_retained as usize / (window / SENTENCE * SENTENCE) + 2;
         self.read(&beginning(plan, first_steps), first_steps)?;
         let (seconds, [mean_step_tokens, mean_computed_tokens]) = self.read(plan, first_steps)?;
         let tokens = plan.tokens.len();

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use clap::builder::PossibleValuesParser;
 use gleaner::model::{Config, Model, SHAPES};
 use gleaner::plan::ReadParams;
-use gleaner::reader::MemoryRequest;
+use gleaner::reader::{MemoryRequest, Reader};
 use gleaner::timings::Ceilings;
 use gleaner::{Device, Document, Error, cuda};
 use indicatif::ProgressBar;
@@ -144,14 +144,16 @@ fn measure(args: &BenchArgs, progress: &dyn Fn(String)) -> Result<Report, Error>
         _ => Ceilings::default(),
     };
 
+    // A closure would hold the reader from one use to the next.
+    fn bench<'a>(reader: &'a dyn Reader, model: &'a Model, args: &BenchArgs) -> Bench<'a> {
+        Bench { reader, config: &model.config, retained: args.retained }
+    }
     let mut steps = Vec::new();
     reader.set_reuse(false);
     for &length in &args.lengths {
         progress(format!("steps of {length} tokens"));
-        let bench = Bench { reader: reader.as_ref(), config: &model.config, retained: args.retained };
-        steps.push(bench.steps(length, ceilings.gemm_tflops)?);
+        steps.push(bench(reader.as_ref(), &model, args).steps(length, ceilings.gemm_tflops)?);
     }
-    let bench = Bench { reader: reader.as_ref(), config: &model.config, retained: args.retained };
     let plan = match &args.doc {
         Some(path) => {
             progress("cutting the document".into());
@@ -160,21 +162,19 @@ fn measure(args: &BenchArgs, progress: &dyn Fn(String)) -> Result<Report, Error>
         }
         None => {
             let tokens = args.tokens.unwrap_or(if device == Device::Cpu { CPU_DOCUMENT } else { GPU_DOCUMENT });
-            bench.document_plan(tokens, args.window)
+            bench(reader.as_ref(), &model, args).document_plan(tokens, args.window)
         }
     };
     progress(format!("a document of {} tokens", plan.tokens.len()));
     reader.set_reuse(true);
-    let bench = Bench { reader: reader.as_ref(), config: &model.config, retained: args.retained };
-    let mut document = bench.document(&plan, args.window)?;
+    let mut document = bench(reader.as_ref(), &model, args).document(&plan, args.window)?;
     if document.mean_computed_tokens < document.mean_step_tokens {
         reader.set_reuse(false);
-        let bench = Bench { reader: reader.as_ref(), config: &model.config, retained: args.retained };
-        document.seconds_without_reuse = Some(bench.document(&plan, args.window)?.seconds);
+        document.seconds_without_reuse =
+            Some(bench(reader.as_ref(), &model, args).document(&plan, args.window)?.seconds);
     }
-    let bench = Bench { reader: reader.as_ref(), config: &model.config, retained: args.retained };
     progress("answering".into());
-    let answer = bench.answer(args.new_tokens)?;
+    let answer = bench(reader.as_ref(), &model, args).answer(args.new_tokens)?;
     let tokenizer = match args.shape {
         Some(_) => None,
         None => {

@@ -92,7 +92,7 @@ impl CudaDevice {
         )
     }
 
-    /// [`CudaDevice::gemv_rope`].
+    /// The row at `position` of `out` `[*, n]`, as [`CudaDevice::gemv_rope`] makes it, from a row in fixed point.
     ///
     /// # Errors
     /// As [`CudaDevice::embed`].
