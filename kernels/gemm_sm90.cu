@@ -109,7 +109,7 @@ __device__ inline size_t start_of(int row, int width) {
 }
 
 // An epilogue is for the 16 rows of a warp from `row` on, of which each thread has some. `staged` is where the sums of a chunk
-// lie, `side` where what belongs to them does. Columns from `end` on are another tile's, or nobody's.
+// lie, `side` where what belongs to them does. Columns from `end` on are nobody's.
 
 // Eight threads a row, with four columns each. Squares are summed by chunk, whatever the tile: else a row's sum, and all that
 // becomes of it, would depend in its last bits on the tile, and so on the number of rows.
@@ -192,7 +192,7 @@ __device__ inline QuadSums quad_sums(uint32_t staged, int i, float factor, const
 }
 
 // Heads in the columns below rope_columns are rotated by angles that come as cosines and sines by turns, [positions,
-// head_dim]. They come for whole chunks of a head, so that tiles hold whole chunks.
+// head_dim].
 struct RotateHeads {
     using TilesOfTwo = Menu<kTileCost, Two::Of<128>, Two::Of<160>, Two::Of<192>, Two::Of<256>>;
     using TilesOfThree = Menu<kTileCost, Three::Of<128>, Three::Of<160>, Three::Of<192>>;
@@ -243,7 +243,7 @@ struct RotateHeads {
     __device__ int side_column(int chunk_column) const { return chunk_column & (head_dim - 1); }
 };
 
-// Fills the stages behind those of a product. What a box has beyond the tile is not used: another CTA may be writing it.
+// Fills the stages behind those of a product.
 template <class T, class Epilogue>
 __device__ void fill_side(const CUtensorMap *side_map, const Epilogue &epilogue, const Stages &stages,
                           typename T::At &at, int row, int tile_column) {

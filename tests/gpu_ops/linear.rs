@@ -1,7 +1,7 @@
 //! The linear layers, for many rows and for one, with what becomes of their results.
 
 use cudarc::driver::CudaSlice;
-use gleaner::cuda::ops::{Norm, Normed, Rotation, Starts};
+use gleaner::cuda::ops::{DeviceLinear, Norm, Normed, Rotation, Starts};
 use half::bf16;
 
 use super::{
@@ -299,39 +299,52 @@ fn gemv_logits() {
     println!("gemv_logits: worst error {worst:.2} of the bound");
 }
 
-/// One row, written to its place among rows that must stay as they are.
+/// One row's product, rotated and written to `position` among rows that must stay as they are. `launch` makes it of a row;
+/// before the rotation it is off by `before`, given the largest sum of its terms' magnitudes and k.
+pub fn check_rope_of_one(
+    gpu: &mut Gpu,
+    name: &str,
+    (head_dim, n, k): (usize, usize, usize),
+    (position, columns): (usize, usize),
+    launch: impl FnOnce(&Gpu, &mut CudaSlice<bf16>, &CudaSlice<f32>, Norm, &DeviceLinear, Rotation),
+    before: impl FnOnce(f64, usize) -> f64,
+) -> f64 {
+    gpu.set(1, [position, 0]);
+    let rows = 64;
+    let (linear, weight, bias) = gpu.linear(n, k, columns > 0);
+    let (a, norm) = (noise(k, 15), noise(k, 19));
+    let (mut expected, magnitudes) = normed_product(&a, &norm, &weight, &bias);
+    let norm_gpu = gpu.upload(&norm);
+    let norm = Norm { weight: &norm_gpu, eps: EPS };
+    let (table, table_gpu) = gpu.rope_table(rows + JUNK_ROWS + CANARIES.div_ceil(n), head_dim);
+    expected[..columns].chunks_mut(head_dim).for_each(|head| rotate(head, &table, position));
+    let rotation = Rotation { table: &table_gpu, head_dim, columns };
+    let mut out = gpu.canaries(rows, n);
+    launch(gpu, &mut out, &gpu.upload(&to_f32(&a)), norm, &linear, rotation);
+    let op = format!("{name} [{n}, {k}] to row {position}, {columns} columns rotated");
+    let out = gpu.fetch(&out);
+    let (start, end) = (position * n, (position + 1) * n);
+    let others = out[..start].iter().chain(&out[end..]);
+    assert!(others.into_iter().all(|value| *value == CANARY), "{op} wrote beside its row");
+    let out: Vec<f64> = out[start..end].iter().map(|value| value.to_f64()).collect();
+    // A rotation adds two products, each times at most one: together off by less than twice the worst of all.
+    let before = 2.0 * before(magnitudes.iter().copied().fold(0.0, f64::max), k);
+    check_within(&out, &expected, |i| expected[i].abs() * BF16_ROUNDING * 1.01 + before, &op)
+}
+
 #[test]
 #[ignore = "needs a GPU"]
 fn gemv_rope() {
     let mut gpu = Gpu::open();
     let mut worst = 0.0f64;
-    for (head_dim, n, k) in [(64, 640, 384), (128, 384, 896), (64, 128, 72), (64, 192, 8)] {
+    for shape @ (head_dim, n, _) in [(64, 640, 384), (128, 384, 896), (64, 128, 72), (64, 192, 8)] {
         for position in [0, 1, 17, 63] {
             for columns in [0, n - head_dim, n] {
-                gpu.set(1, [position, 0]);
-                let rows = 64;
-                let (linear, weight, bias) = gpu.linear(n, k, columns > 0);
-                let (a, norm) = (noise(k, 15), noise(k, 19));
-                let (mut expected, magnitudes) = normed_product(&a, &norm, &weight, &bias);
-                let norm_gpu = gpu.upload(&norm);
-                let norm = Norm { weight: &norm_gpu, eps: EPS };
-                let (table, table_gpu) = gpu.rope_table(rows + JUNK_ROWS + CANARIES.div_ceil(n), head_dim);
-                expected[..columns].chunks_mut(head_dim).for_each(|head| rotate(head, &table, position));
-                let rotation = Rotation { table: &table_gpu, head_dim, columns };
-                let mut out = gpu.canaries(rows, n);
-                gpu.device
-                    .gemv_rope(&mut out, &gpu.upload(&to_f32(&a)), norm, &linear, rotation, gpu.shift(0))
-                    .unwrap();
-                let op = format!("gemv_rope [{n}, {k}] to row {position}, {columns} columns rotated");
-                let out = gpu.fetch(&out);
-                let (start, end) = (position * n, (position + 1) * n);
-                let others = out[..start].iter().chain(&out[end..]);
-                assert!(others.into_iter().all(|value| *value == CANARY), "{op} wrote beside its row");
-                let out: Vec<f64> = out[start..end].iter().map(|value| value.to_f64()).collect();
-                // A rotation adds two products, each times at most one: together off by less than twice the worst of all.
-                let largest = magnitudes.iter().copied().fold(0.0, f64::max);
-                let allowed = |i: usize| expected[i].abs() * BF16_ROUNDING * 1.01 + 2.0 * fp32_sum(largest, k);
-                worst = worst.max(check_within(&out, &expected, allowed, &op));
+                let launch = |gpu: &Gpu, out: &mut _, x: &_, norm: Norm, linear: &_, rotation: Rotation| {
+                    gpu.device.gemv_rope(out, x, norm, linear, rotation, gpu.shift(0)).unwrap();
+                };
+                let error = check_rope_of_one(&mut gpu, "gemv_rope", shape, (position, columns), launch, fp32_sum);
+                worst = worst.max(error);
             }
         }
     }

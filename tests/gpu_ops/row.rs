@@ -3,12 +3,9 @@
 use cudarc::driver::CudaSlice;
 use gleaner::cuda::ops::{FixedRow, Heads, Norm, Rotation};
 
-use super::{
-    BF16_ROUNDING, CANARIES, CANARY, EPS, FP32_ROUNDING, Gpu, JUNK_ROWS, Noise, accumulation, check_within, noise,
-    rotate, scaled_noise, to_f32,
-};
+use super::{BF16_ROUNDING, EPS, FP32_ROUNDING, Gpu, Noise, accumulation, check_within, noise, scaled_noise, to_f32};
 use crate::attention::definition;
-use crate::linear::{fp32_sum, normed_product};
+use crate::linear::{check_rope_of_one, fp32_sum, normed_product};
 
 /// What two bf16 numbers leave of a value.
 const TWO_ROUNDINGS: f64 = BF16_ROUNDING * BF16_ROUNDING;
@@ -65,31 +62,13 @@ fn rows_come_back_or_are_no_numbers() {
 fn row_qkv() {
     let Some(mut gpu) = open() else { return };
     let mut worst = 0.0f64;
-    for (head_dim, n, k) in [(64, 640, 384), (64, 1152, 896), (128, 4096, 1024), (64, 192, 256)] {
-        for (position, columns) in [(0, n), (17, n - head_dim), (63, 0)] {
-            gpu.set(1, [position, 0]);
-            let rows = 64;
-            let (linear, weight, bias) = gpu.linear(n, k, columns > 0);
-            let (a, norm) = (noise(k, 15), noise(k, 19));
-            let (mut expected, magnitudes) = normed_product(&a, &norm, &weight, &bias);
-            let norm_gpu = gpu.upload(&norm);
-            let norm = Norm { weight: &norm_gpu, eps: EPS };
-            let (table, table_gpu) = gpu.rope_table(rows + JUNK_ROWS + CANARIES.div_ceil(n), head_dim);
-            expected[..columns].chunks_mut(head_dim).for_each(|head| rotate(head, &table, position));
-            let rotation = Rotation { table: &table_gpu, head_dim, columns };
-            let mut out = gpu.canaries(rows, n);
-            let row = fixed(&gpu, &gpu.upload(&to_f32(&a)));
-            gpu.device.row_qkv(&mut out, &row, norm, &linear, rotation, gpu.shift(0)).unwrap();
-            let op = format!("row_qkv [{n}, {k}] to row {position}, {columns} columns rotated");
-            let out = gpu.fetch(&out);
-            let (start, end) = (position * n, (position + 1) * n);
-            let others = out[..start].iter().chain(&out[end..]);
-            assert!(others.into_iter().all(|value| *value == CANARY), "{op} wrote beside its row");
-            let out: Vec<f64> = out[start..end].iter().map(|value| value.to_f64()).collect();
-            let largest = magnitudes.iter().copied().fold(0.0, f64::max);
-            let before = 2.0 * (fp32_sum(largest, k) + largest * TWO_ROUNDINGS + accumulation(k));
-            let allowed = |i: usize| expected[i].abs() * BF16_ROUNDING * 1.01 + before;
-            worst = worst.max(check_within(&out, &expected, allowed, &op));
+    let before = |largest, k| fp32_sum(largest, k) + largest * TWO_ROUNDINGS + accumulation(k);
+    for shape @ (head_dim, n, _) in [(64, 640, 384), (64, 1152, 896), (128, 4096, 1024), (64, 192, 256)] {
+        for place in [(0, n), (17, n - head_dim), (63, 0)] {
+            let launch = |gpu: &Gpu, out: &mut _, x: &_, norm: Norm, linear: &_, rotation: Rotation| {
+                gpu.device.row_qkv(out, &fixed(gpu, x), norm, linear, rotation, gpu.shift(0)).unwrap();
+            };
+            worst = worst.max(check_rope_of_one(&mut gpu, "row_qkv", shape, place, launch, before));
         }
     }
     println!("row_qkv: worst error {worst:.2} of the bound");

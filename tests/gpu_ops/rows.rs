@@ -1,7 +1,7 @@
 //! What works row by row: embedding and the head norms of Qwen3; and the checks of shapes.
 
 use gleaner::cuda::CudaDevice;
-use gleaner::cuda::ops::{Heads, Normed, Residual, Rotation, Rows, Starts};
+use gleaner::cuda::ops::{DeviceLinear, Heads, Normed, Residual, Rotation, Rows, Starts};
 use half::bf16;
 
 use super::{CANARY, EPS, Gpu, JUNK_ROWS, Noise, check, noise, rotate};
@@ -106,6 +106,10 @@ fn wrong_shapes_are_errors() {
     let (linear, ..) = gpu.linear(16, 8, true);
     let error = gpu.device.gemm_residual(&mut stream, &x, &linear, &x, rows(9)).unwrap_err();
     assert!(error.to_string().contains("gemm_residual [9, 16, 8]"), "{error}");
+    let wide = DeviceLinear::new(gpu.upload(&[bf16::ZERO; 64]), None, 1 << 22, 8);
+    let error = gpu.device.gemm_residual(&mut stream, &x, &wide, &x, rows((1 << 20) - 1)).unwrap_err();
+    let expected = if gpu.device.runs_hopper_kernels() { "too many tiles" } else { "smaller" };
+    assert!(error.to_string().contains(expected), "{error}");
     let (linear, ..) = gpu.linear(32, 8, true);
     let rotation = Rotation { table: &gpu.upload(&[0.0f32; 32]), head_dim: 32, columns: 0 };
     let error = gpu

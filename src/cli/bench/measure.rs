@@ -61,12 +61,6 @@ impl Bench<'_> {
         }
     }
 
-    /// Steps that fill `max_retained` from chunks of `chunk` tokens: the shorter of two plans. The later ones are all
-    /// equally long.
-    fn first_steps(&self, chunk: usize) -> usize {
-        self.retained.div_ceil(chunk) + 1
-    }
-
     /// Seconds to read `plan`, and the mean tokens of its steps behind `first_steps`, and of those computed.
     fn read(&self, plan: &Plan, first_steps: usize) -> Result<(f64, [f64; 2]), Error> {
         let mut tokens = Vec::with_capacity(plan.chunks());
@@ -89,7 +83,7 @@ impl Bench<'_> {
         // What does not fill a sentence goes to the head.
         let prefix = FRAME - QUESTION_ROWS + room % SENTENCE;
         let plan = |steps: usize| self.plan(steps * chunk, chunk, prefix);
-        let first_steps = self.first_steps(chunk);
+        let first_steps = first_steps(self.retained, chunk);
         let short = plan(first_steps);
         self.read(&short, first_steps)?;
         let (seconds, _) = self.read(&short, first_steps)?;
@@ -128,7 +122,7 @@ impl Bench<'_> {
 
     /// A whole document, read once behind its beginning.
     pub fn document(&self, plan: &Plan, window: usize) -> Result<DocumentReading, Error> {
-        let first_steps = plan.max_retained as usize / (window / SENTENCE * SENTENCE) + 2;
+        let first_steps = first_steps(plan.max_retained as usize, window / SENTENCE * SENTENCE);
         self.read(&beginning(plan, first_steps), first_steps)?;
         let (seconds, [mean_step_tokens, mean_computed_tokens]) = self.read(plan, first_steps)?;
         let tokens = plan.tokens.len();
@@ -166,6 +160,11 @@ impl Bench<'_> {
             decode_ms_per_token: decode.median,
         })
     }
+}
+
+/// Steps that fill `max_retained` from chunks of `chunk` tokens. If sentences are, the later ones are all equally long.
+fn first_steps(max_retained: usize, chunk: usize) -> usize {
+    max_retained.div_ceil(chunk) + 1
 }
 
 /// The first `chunks` chunks of a plan.

@@ -29,6 +29,10 @@ pub const ROW_BLOCK: usize = ffi::GLEANER_ROW_BLOCK as usize;
 /// Rows that an operand may have.
 const MAX_ROWS: usize = (1 << 20) - 1;
 
+/// Pairs of tiles of 128 x 128 that a product on Hopper may have: with as many clusters as a GPU could have, what
+/// `divide_fast` of hopper.cuh divides.
+const MAX_PAIRS: usize = (1 << 20) - (1 << 10);
+
 /// How many rows of a buffer are live: a number that lies on the device, so that one recorded launch serves any length.
 #[derive(Clone, Copy)]
 pub struct Rows<'a> {
@@ -211,6 +215,10 @@ impl CudaDevice {
         require(n > 0 && n.is_multiple_of(16) && n < 1 << 24, op, "n must be a multiple of 16 below 2^24")?;
         require(k > 0 && k.is_multiple_of(8) && k < 1 << 24, op, "k must be a multiple of 8 below 2^24")?;
         require(rows <= MAX_ROWS, op, "at most 1048575 rows")?;
+        // Hopper's kernels divide numbers of pairs of tiles by a reciprocal; no other tile makes as many.
+        let pairs = rows.div_ceil(256) * n.div_ceil(128);
+        let few = pairs < MAX_PAIRS || !self.runs_hopper_kernels();
+        require(few, op, "the product has too many tiles: use fewer rows")?;
         require(linear.weight.len() >= n * k, op, "the weight is smaller than [n, k]")?;
         require(linear.bias.as_ref().is_none_or(|bias| bias.len() >= n), op, "the bias is smaller than [n]")?;
         require(out >= rows * n && a >= rows * k, op, "a buffer is smaller than its rows")
