@@ -15,7 +15,7 @@ constexpr int kChunk = 32, kPitchBytes = (kChunk + 8) * 4, kStagingBytes = 16 * 
 // What an epilogue reads is a matrix of fp32, a chunk of columns of which lies in rows of so many bytes.
 constexpr int kSideRowBytes = kChunk * 4;
 template <class T>
-constexpr int kChunksOf = (T::n + kChunk - 1) / kChunk;
+constexpr int kChunksOf = T::n / kChunk;
 template <class T>
 constexpr int kChunksOfStage = T::kStageBytes / (T::m * kSideRowBytes);
 
@@ -279,7 +279,7 @@ __device__ void finish(const Epilogue &epilogue, const float (&c)[T::n / 2], con
         for (int which = 0; which < kChunks; ++which)
             if (chunk == which)
 #pragma unroll
-                for (int j = 0; j < min(kChunk, T::n - which * kChunk) / 8; ++j) {
+                for (int j = 0; j < kChunk / 8; ++j) {
                     const float *sums = c + which * (kChunk / 2) + j * 4;
                     store_shared(own + j * 32, sums[0], sums[1]);
                     store_shared(own + 8 * kPitchBytes + j * 32, sums[2], sums[3]);
@@ -304,7 +304,8 @@ __device__ void consume(const Epilogue &epilogue, const Schedule &schedule, cons
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) - 4;
     typename T::At at;
     for (int pair = schedule.cluster(); pair < schedule.pairs<T>(); pair += schedule.clusters()) {
-        const int tile_row = schedule.row<T>(pair), row = tile_row + warp * 16, tile_column = schedule.column<T>(pair);
+        const auto [tile_row, tile_column, beside] = schedule.place<T>(pair);
+        const int row = tile_row + warp * 16;
         if (warp / 4 >= schedule.strips<T>(tile_row)) {
             skip_stages(stages, at, schedule.k_tiles + divide_up(kChunksOf<T>, kChunksOfStage<T>));
             continue;
@@ -321,27 +322,32 @@ __device__ void consume(const Epilogue &epilogue, const Schedule &schedule, cons
 template <class Groups, class Epilogue>
 __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads<Groups>, 1)
     gemm_sm90_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ WeightMaps weight_maps,
-                     const Operands operands, const __grid_constant__ CUtensorMap side_map, Epilogue epilogue) {
+                     const Operands operands, const __grid_constant__ Choices choices,
+                     const __grid_constant__ CUtensorMap side_map, Epilogue epilogue) {
     using Tiles = typename Groups::template Tiles<Epilogue>;
     const Schedule schedule(operands);
     const Stages stages = make_stages(&a_map, weight_maps, Groups::kGroups * 4);
-    const int tile_chosen = Tiles::choose(schedule);
+    const int tile = choices.of(schedule.rows);
     cluster_wait();
     epilogue.start(schedule);
     // The roles are the two branches of one condition: what setmaxnreg asks for.
     if (threadIdx.x < 128) {
         give_registers<Groups::kCopyRegisters>();
         if (threadIdx.x == 0)
-            Tiles::with(tile_chosen, [&](auto tile) {
-                using T = decltype(tile);
-                produce<T>(&a_map, weight_maps, schedule, stages, [&](auto &at, int row, int tile_column) {
-                    fill_side<T>(&side_map, epilogue, stages, at, epilogue.side_row(row), tile_column);
-                });
+            Tiles::with(tile, [&](auto a_tile) {
+                using T = decltype(a_tile);
+                typename T::At at;
+                for (int pair = schedule.cluster(); pair < schedule.pairs<T>(); pair += schedule.clusters()) {
+                    const auto place = schedule.place<T>(pair);
+                    fill_stages<T>(&a_map, weight_maps, schedule, stages, at, place);
+                    fill_side<T>(&side_map, epilogue, stages, at, epilogue.side_row(place.row), place.column);
+                }
+                wait_until_read<T>(stages, at);
             });
     } else {
         take_registers<Groups::kRegisters>();
-        Tiles::with(tile_chosen, [&](auto tile) {
-            consume<decltype(tile)>(epilogue, schedule, stages, stages.ring + Groups::kRingBytes);
+        Tiles::with(tile, [&](auto a_tile) {
+            consume<decltype(a_tile)>(epilogue, schedule, stages, stages.ring + Groups::kRingBytes);
         });
     }
 }
@@ -354,20 +360,22 @@ int32_t launch(const void *a, int a_rows, const void *weight, const Operands &op
     int clusters;
     if (const int32_t status = make_tensor_map(&side_map, side, side_rows, side_columns, kStrip)) return status;
     if (const int32_t status = count_clusters(&clusters)) return status;
+    const auto choose = [&](auto groups, int rows) {
+        using Tiles = typename decltype(groups)::template Tiles<Epilogue>;
+        return Tiles::choose(rows, operands.n, divide_up(operands.k, kTileK), clusters);
+    };
     const auto with = [&](auto groups) {
         using Groups = decltype(groups);
         constexpr int kSharedBytes = 1024 + Groups::kRingBytes + Groups::kGroups * 4 * kStagingBytes;
         return launch_gemm(gemm_sm90_kernel<Groups, Epilogue>, clusters, kThreads<Groups>, kSharedBytes, a, a_rows,
-                           weight, operands, stream, side_map, epilogue);
+                           weight, operands, choices([&](int rows) { return choose(groups, rows).tile; }), stream,
+                           side_map, epilogue);
     };
     // Many steps are as long as the longest, and others, of which less is left to compute, anything down to half of it.
     const auto cost = [&](auto groups) {
         int64_t sum = 0;
         for (int part = 8; part <= 16; ++part)
-            sum += (part == 16 ? 9 : 1) *
-                   decltype(groups)::template Tiles<Epilogue>::choose(divide_up(max_rows * part, 16), operands.n,
-                                                                      divide_up(operands.k, kTileK), clusters)
-                       .cost;
+            sum += (part == 16 ? 9 : 1) * choose(groups, divide_up(max_rows * part, 16)).cost;
         return sum;
     };
     return cost(Three{}) < cost(Two{}) ? with(Three{}) : with(Two{});

@@ -1,12 +1,12 @@
 // The pipeline of the products on Hopper, with its copy engine and warpgroup products.
 //
-// Two CTAs on neighbouring multiprocessors, a cluster, walk together over pairs of tiles of the output: rows below each
-// other, the same columns of it, so that each fetches half of the weights for both. The first warpgroup of a CTA copies: one
-// thread fills a ring of stages of 64 columns of a and of the weight. The others multiply, 64 rows each, and hold the next
+// Two CTAs on neighbouring multiprocessors, a cluster, walk together over pairs of tiles of the output: nearly all of them one
+// below the other, in the same columns, so that each fetches half of the weights for both. The first warpgroup of a CTA copies:
+// one thread fills a ring of stages of 64 columns of a and of the weight. The others multiply, 64 rows each, and hold the next
 // stage in flight while they wait for the one before.
 //
-// Large tiles move fewer bytes a product, small ones fill the last wave better; which costs least depends on the number of live
-// rows, so that the device chooses from a kernel's menu.
+// Large tiles move fewer bytes a product, small ones fill the last wave better. Which costs least depends on the number of live
+// rows, which the device alone knows: the host works it out for all that may be, and the device looks it up.
 //
 // Rows of a beyond the live count may hold anything: a row of a touches its own row of the product alone. Pairs of tiles
 // without a live row do not exist, and strips of 64 rows without one are not fetched.
@@ -21,11 +21,12 @@ constexpr int kStrip = 64;   // rows that a warpgroup multiplies at once, and of
 constexpr int kStripBytes = kStrip * kTileK * 2;
 constexpr int kWeightBox = 32;  // rows of the weight in a copy, and half of them in a last one
 
-// A tile of the output, and the ring its stages make.
-template <int kRows, int kColumns, int kRingBytes>
+// A tile of the output, and the ring of stages, each with room for kStageColumns columns.
+template <int kRows, int kColumns, int kRingBytes, int kStageColumns = kColumns>
 struct Tile {
     static constexpr int m = kRows, n = kColumns;
-    static constexpr int kABytes = m * kTileK * 2, kWeightBytes = n * kTileK * 2, kStageBytes = kABytes + kWeightBytes;
+    static constexpr int kABytes = m * kTileK * 2, kWeightBytes = n * kTileK * 2;
+    static constexpr int kStageBytes = kABytes + kStageColumns * kTileK * 2;
     static constexpr int kStages = kRingBytes / kStageBytes;
     using At = Ring<kStages>;
 };
@@ -37,8 +38,15 @@ struct Operands {
     int n, k;
 };
 
-// The work of all clusters: pairs of tiles, those of the same columns one after the other.
+// The work of all clusters: pairs of tiles. Two columns of tiles hold as many pairs as there are rows of tiles: those of the
+// left column, two rows each, then those of the right. Where the rows are odd in number, two tiles of the last one come first,
+// beside each other and with weights of their own: a pair below each other would compute one tile for nobody.
 struct Schedule {
+    // A CTA's tile of a pair.
+    struct Place {
+        int row, column;
+        bool beside;
+    };
     int rows, row_start, n, k_tiles;
     __device__ explicit Schedule(const Operands &operands)
         : rows(*operands.rows),
@@ -48,21 +56,23 @@ struct Schedule {
     __device__ static int cluster() { return blockIdx.x / kCluster; }
     __device__ static int clusters() { return gridDim.x / kCluster; }
     template <class T>
-    __device__ int pairs_m() const {
-        return divide_up(rows, T::m * kCluster);
+    __host__ __device__ static int pairs(int rows, int n) {
+        const int down = divide_up(rows, T::m), across = divide_up(n, T::n);
+        return across / 2 * down + across % 2 * divide_up(down, 2);
     }
     template <class T>
     __device__ int pairs() const {
-        return pairs_m<T>() * divide_up(n, T::n);
+        return pairs<T>(rows, n);
     }
+    // Of the columns from first_column on, the pair of this number.
     template <class T>
-    __device__ int row(int pair) const {
-        const int down = pair - divide_fast(pair, pairs_m<T>()) * pairs_m<T>();
-        return (down * kCluster + cluster_rank()) * T::m;
-    }
-    template <class T>
-    __device__ int column(int pair) const {
-        return divide_fast(pair, pairs_m<T>()) * T::n;
+    __device__ Place place(int pair, int first_column = 0) const {
+        const int down = divide_up(rows, T::m), left = divide_fast(pair, down) * 2, rank = cluster_rank();
+        const int odd = down % 2, in_columns = pair - left / 2 * down - odd;
+        if (in_columns < 0) return {(down - 1) * T::m, first_column + (left + rank) * T::n, true};
+        const int right = in_columns >= down / 2;
+        return {((in_columns - right * (down / 2)) * kCluster + rank) * T::m,
+                first_column + (left + right) * T::n, false};
     }
     // How many strips of the tile from `row` on have a live row.
     template <class T>
@@ -71,28 +81,45 @@ struct Schedule {
     }
 };
 
-// The tiles that a kernel has code for. One costs its elements / 128 for each 64 of k, and kTileCost.
+// What the host has chosen for each number of live strips of 64 rows; beyond the last, as for the last.
+struct Choices {
+    static constexpr int kMost = 128;
+    uint8_t by_strips[kMost];
+    __device__ int of(int rows) const { return by_strips[max(min(divide_up(rows, kStrip), kMost), 1) - 1]; }
+};
+template <class Choose>
+Choices choices(const Choose &choose) {
+    Choices made;
+    for (int strips = 1; strips <= Choices::kMost; ++strips) made.by_strips[strips - 1] = choose(strips * kStrip);
+    return made;
+}
+
+// What so many tiles cost that a CTA takes one after the other: elements / 128 for each 64 of k, and what comes on top.
+template <class T>
+int64_t cost_of(int tiles, int k_tiles, int on_top) {
+    return tiles * (static_cast<int64_t>(k_tiles) * (T::m * T::n / 128) + on_top);
+}
+
+// The tiles that a kernel has code for. One costs kTileCost on top.
 template <int kTileCost, class... Tiles>
 struct Menu {
     // Which tile costs least, and what.
     struct Choice {
-        int tile, cost;
+        int tile;
+        int64_t cost;
     };
-    __host__ __device__ static Choice choose(int rows, int n, int k_tiles, int clusters) {
-        Choice best{0, INT32_MAX};
+    static Choice choose(int rows, int n, int k_tiles, int clusters) {
+        Choice best{0, INT64_MAX};
         int tile = 0;
         const auto consider = [&](auto a_tile) {
             using T = decltype(a_tile);
-            const int pairs = divide_up(rows, T::m * kCluster) * divide_up(n, T::n);
-            const int cost = divide_fast(pairs + clusters - 1, clusters) * (k_tiles * (T::m * T::n / 128) + kTileCost);
+            const int waves = divide_up(Schedule::pairs<T>(rows, n), clusters);
+            const int64_t cost = cost_of<T>(waves, k_tiles, kTileCost);
             if (cost < best.cost) best = {tile, cost};
             ++tile;
         };
         (consider(Tiles{}), ...);
         return best;
-    }
-    __device__ static int choose(const Schedule &schedule) {
-        return choose(schedule.rows, schedule.n, schedule.k_tiles, Schedule::clusters()).tile;
     }
     // Calls `run` with the tile chosen.
     template <class Run>
@@ -134,43 +161,41 @@ __device__ inline Stages make_stages(const CUtensorMap *a_map, const WeightMaps 
     return stages;
 }
 
-// Fills the stages of all pairs of this cluster, one for each 64 of k: rows of a, and the weights of the tile's columns.
-// behind(ring, row, column) fills what stages follow those of a tile.
-template <class T, class Behind>
-__device__ void produce(const CUtensorMap *a_map, const WeightMaps &weight_maps, const Schedule &schedule,
-                        const Stages &stages, const Behind &behind) {
-    // Of the weight this CTA copies the tile's columns first .. last, nearly half of them.
-    constexpr int kMiddle = (T::n / kCluster + kWeightBox / 2 - 1) / (kWeightBox / 2) * (kWeightBox / 2);
-    const int first = cluster_rank() == 0 ? 0 : kMiddle, last = cluster_rank() == 0 ? kMiddle : T::n;
+// Fills the stages of a tile, one for each 64 of k: rows of a, and the weights of the tile's columns.
+template <class T>
+__device__ void fill_stages(const CUtensorMap *a_map, const WeightMaps &weight_maps, const Schedule &schedule,
+                            const Stages &stages, typename T::At &at, const Schedule::Place &place) {
+    constexpr int kHalf = T::n / kCluster;  // columns
     constexpr uint16_t kAll = (1 << kCluster) - 1;
-    typename T::At at;
-    for (int pair = schedule.cluster(); pair < schedule.pairs<T>(); pair += schedule.clusters()) {
-        const int row = schedule.row<T>(pair), column = schedule.column<T>(pair), strips = schedule.strips<T>(row);
+    const int strips = schedule.strips<T>(place.row), rank = cluster_rank();
+    // Half of the weights of two tiles in the same columns, or all of a tile's own.
+    const int first_half = place.beside ? 0 : rank, last_half = place.beside ? kCluster - 1 : rank;
+    const uint16_t readers = place.beside ? 1 << rank : kAll;
 #pragma unroll 1
-        for (int k_tile = 0; k_tile < schedule.k_tiles; ++k_tile, at.next()) {
-            const uint32_t a = stages.ring + at.stage * T::kStageBytes, weight = a + T::kABytes;
-            const uint32_t barrier = stages.full + at.stage * 8;
-            // Both CTAs have read the stage, for half of what is copied goes to the other's.
-            barrier_wait(stages.empty + at.stage * 8, at.parity ^ 1);
-            barrier_expect(barrier, strips * kStripBytes + T::kWeightBytes);
+    for (int k_tile = 0; k_tile < schedule.k_tiles; ++k_tile, at.next()) {
+        const uint32_t a = stages.ring + at.stage * T::kStageBytes, weight = a + T::kABytes;
+        const uint32_t barrier = stages.full + at.stage * 8;
+        // Both CTAs have read the stage, for half of what is copied goes to the other's.
+        barrier_wait(stages.empty + at.stage * 8, at.parity ^ 1);
+        barrier_expect(barrier, strips * kStripBytes + T::kWeightBytes);
 #pragma unroll
-            for (int strip = 0; strip < T::m / kStrip; ++strip)
-                if (strip < strips)
-                    copy_box(a + strip * kStripBytes, a_map, schedule.row_start + row + strip * kStrip, k_tile * kTileK,
-                             barrier);
-            int box = first;
+        for (int strip = 0; strip < T::m / kStrip; ++strip)
+            if (strip < strips)
+                copy_box(a + strip * kStripBytes, a_map, schedule.row_start + place.row + strip * kStrip, k_tile * kTileK,
+                         barrier);
+#pragma unroll 1
+        for (int half = first_half; half <= last_half; ++half)
 #pragma unroll
-            for (int count = 0; count < kMiddle / kWeightBox; ++count)
-                if (box + kWeightBox <= last) {
-                    copy_box_to(weight + box * kTileK * 2, &weight_maps.whole, column + box, k_tile * kTileK, barrier, kAll);
-                    box += kWeightBox;
-                }
-            if (T::n / kCluster % kWeightBox > 0 && box < last)
-                copy_box_to(weight + box * kTileK * 2, &weight_maps.half, column + box, k_tile * kTileK, barrier, kAll);
-        }
-        behind(at, row, column);
+            for (int box = 0; box < kHalf; box += kWeightBox)
+                copy_box_to(weight + (half * kHalf + box) * kTileK * 2,
+                            box + kWeightBox <= kHalf ? &weight_maps.whole : &weight_maps.half,
+                            place.column + half * kHalf + box, k_tile * kTileK, barrier, readers);
     }
-    // The other CTA arrives here as long as it has something to read: this one's memory must be there until then.
+}
+
+// The other CTA arrives here as long as it has something to read: this one's memory must be there until then.
+template <class T>
+__device__ void wait_until_read(const Stages &stages, typename T::At &at) {
     for (int stage = 0; stage < T::kStages; ++stage, at.next()) barrier_wait(stages.empty + at.stage * 8, at.parity ^ 1);
 }
 
@@ -227,12 +252,12 @@ inline int32_t count_clusters(int *clusters) {
     return status;
 }
 
-// Launches kernel(a_map, weight_maps, operands, arguments...), in CTAs of `threads` threads and shared_bytes of shared memory.
-// a holds a_rows rows, dead ones among them.
+// Launches kernel(a_map, weight_maps, operands, choices, arguments...), in CTAs of `threads` threads and shared_bytes of shared
+// memory. a holds a_rows rows, dead ones among them.
 template <class... Parameters, class... Arguments>
-int32_t launch_gemm(void (*kernel)(CUtensorMap, WeightMaps, Operands, Parameters...), int clusters, int threads,
+int32_t launch_gemm(void (*kernel)(CUtensorMap, WeightMaps, Operands, Choices, Parameters...), int clusters, int threads,
                     int shared_bytes, const void *a, int a_rows, const void *weight, const Operands &operands,
-                    void *stream, Arguments... arguments) {
+                    const Choices &choices, void *stream, Arguments... arguments) {
     CUtensorMap a_map;
     WeightMaps weight_maps;
     const auto *of_weight = static_cast<const bf16 *>(weight);
@@ -244,7 +269,7 @@ int32_t launch_gemm(void (*kernel)(CUtensorMap, WeightMaps, Operands, Parameters
         return status;
     const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (status != cudaSuccess) return status;
-    kernel<<<clusters * kCluster, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(a_map, weight_maps, operands,
-                                                                                           arguments...);
+    kernel<<<clusters * kCluster, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
+        a_map, weight_maps, operands, choices, arguments...);
     return cudaGetLastError();
 }

@@ -7,13 +7,49 @@
 
 namespace {
 
-constexpr int kTileCost = 700;  // as Menu takes it
 constexpr int kThreads = 384;
 constexpr int kRingBytes = 200 * 1024, kSharedBytes = kRingBytes + 1024;
-// A bias takes registers that sums of wide tiles have not.
+// Tiles of 192 columns ask less of the L2 cache, tiles of 128 share the last of the work out better: the columns on the left go
+// by the former, the others by the latter. A bias takes registers that sums of wide tiles have not.
 template <bool kBias>
-using Tiles = std::conditional_t<kBias, Menu<kTileCost, Tile<128, 128, kRingBytes>>,
-                                 Menu<kTileCost, Tile<128, 128, kRingBytes>, Tile<128, 192, kRingBytes>>>;
+using Wide = Tile<128, kBias ? 128 : 192, kRingBytes>;
+template <bool kBias>
+using Narrow = Tile<128, 128, kRingBytes, Wide<kBias>::n>;
+
+// The pairs of tiles of all clusters: wide ones, then narrow ones of the columns from first_narrow on.
+template <bool kBias>
+struct Parts {
+    using W = Wide<kBias>;
+    using N = Narrow<kBias>;
+    static constexpr int kStep = 2 * W::n;  // columns, what the choice is counted in
+    int first_narrow, wide, all;
+    __host__ __device__ Parts(int rows, int n, int choice)
+        : first_narrow(choice * kStep < n ? choice * kStep : n),
+          wide(Schedule::pairs<W>(rows, first_narrow)),
+          all(wide + Schedule::pairs<N>(rows, n - first_narrow)) {}
+    template <bool kNarrow>
+    __device__ Schedule::Place place(const Schedule &schedule, int pair) const {
+        return kNarrow ? schedule.place<N>(pair - wide, first_narrow) : schedule.place<W>(pair);
+    }
+
+    // What costs the cluster least that has most to do: the first of those that get one wide tile more than others, or, with
+    // more narrow ones, the one behind them. Of two choices that cost the same, the one of more wide tiles.
+    static int choose(int rows, int n, int k_tiles, int clusters) {
+        constexpr int kTileCost = 700;  // on top
+        int64_t least = INT64_MAX;
+        int best = 0;
+        for (int choice = 0; choice <= UINT8_MAX && choice <= divide_up(n, kStep); ++choice) {
+            const Parts parts(rows, n, choice);
+            const auto cost = [&](int cluster) {
+                const int wide = divide_up(parts.wide - cluster, clusters), all = divide_up(parts.all - cluster, clusters);
+                return cost_of<W>(wide, k_tiles, kTileCost) + cost_of<N>(all - wide, k_tiles, kTileCost);
+            };
+            const int64_t first = cost(0), behind = cost(parts.wide % clusters), most = first > behind ? first : behind;
+            if (most <= least) least = most, best = choice;
+        }
+        return best;
+    }
+};
 
 // Stores the two rows of a tile that this thread holds sums of, eight apart: two of each group of eight columns.
 template <int kTileN, bool kBias>
@@ -50,34 +86,31 @@ __device__ void finish(const Operands &operands, const SwiGlu &epilogue, const b
     }
 }
 
-template <class T, bool kBias>
+// Computes this CTA's tiles of one kind: every second one from `pair` on, for the two groups take turns over all.
+template <bool kNarrow, bool kBias>
 __device__ void consume(const Operands &operands, const RowNorm &norm, const SwiGlu &epilogue, const bf16 *bias,
-                        const Schedule &schedule, const Stages &stages) {
+                        const Schedule &schedule, const Parts<kBias> &parts, const Stages &stages,
+                        typename Wide<kBias>::At &at, int &pair) {
+    using T = std::conditional_t<kNarrow, Narrow<kBias>, Wide<kBias>>;
     constexpr int kStrips = 2;  // of 64 rows
     const int warp = threadIdx.x / 32 - 4, group = warp / 4, lane = threadIdx.x % 32;
-    typename T::At at;
-    bool own_turn = group == 0;
-    for (int pair = schedule.cluster(); pair < schedule.pairs<T>(); pair += schedule.clusters(), own_turn = !own_turn) {
-        if (!own_turn) {
-            at.skip(schedule.k_tiles);
-            continue;
-        }
+    for (; pair < (kNarrow ? parts.all : parts.wide); pair += 2 * schedule.clusters(), at.skip(schedule.k_tiles)) {
         // A barrier tells one phase from the next, not from the one after that: stages may be waited for only when all
         // before them are there.
         if (pair >= schedule.clusters()) wait_for_turn(1 + group);
         float c[kStrips][T::n / 2];
         const int last = multiply_stages<T>(c, stages, at, 0, schedule.k_tiles);
-        if (pair + schedule.clusters() < schedule.pairs<T>()) give_turn(2 - group);
+        if (pair + schedule.clusters() < parts.all) give_turn(2 - group);
         release_last(stages, last);
-        const int row = schedule.row<T>(pair) + warp % 4 * 16 + lane / 4;
+        const auto place = parts.template place<kNarrow>(schedule, pair);
+        const int row = place.row + warp % 4 * 16 + lane / 4;
 #pragma unroll
         for (int strip = 0; strip < kStrips; ++strip) {
             const int first = row + strip * 64;
             const float factors[2] = {norm.factor(min(first, schedule.rows - 1)),
                                       norm.factor(min(first + 8, schedule.rows - 1))};
             wgmma_results(c[strip]);
-            finish<T::n, kBias>(operands, epilogue, bias, c[strip], factors, first, schedule.rows,
-                                  schedule.column<T>(pair));
+            finish<T::n, kBias>(operands, epilogue, bias, c[strip], factors, first, schedule.rows, place.column);
         }
     }
 }
@@ -85,23 +118,31 @@ __device__ void consume(const Operands &operands, const RowNorm &norm, const Swi
 template <bool kBias>
 __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
     gemm_swiglu_sm90_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ WeightMaps weight_maps,
-                            const Operands operands, const RowNorm norm, const SwiGlu epilogue, const bf16 *bias) {
+                            const Operands operands, const __grid_constant__ Choices choices, const RowNorm norm,
+                            const SwiGlu epilogue, const bf16 *bias) {
     const Schedule schedule(operands);
     const Stages stages = make_stages(&a_map, weight_maps, 4);
-    const int tile_chosen = Tiles<kBias>::choose(schedule);
+    const Parts<kBias> parts(schedule.rows, schedule.n, choices.of(schedule.rows));
     cluster_wait();
+    typename Wide<kBias>::At at;
+    int pair = schedule.cluster();
     // The roles are the two branches of one condition: what setmaxnreg asks for.
     if (threadIdx.x < 128) {
         give_registers<40>();
-        if (threadIdx.x == 0)
-            Tiles<kBias>::with(tile_chosen, [&](auto tile) {
-                produce<decltype(tile)>(&a_map, weight_maps, schedule, stages, [](auto &, int, int) {});
-            });
+        if (threadIdx.x == 0) {
+            for (; pair < parts.wide; pair += schedule.clusters())
+                fill_stages<Wide<kBias>>(&a_map, weight_maps, schedule, stages, at,
+                                         parts.template place<false>(schedule, pair));
+            for (; pair < parts.all; pair += schedule.clusters())
+                fill_stages<Narrow<kBias>>(&a_map, weight_maps, schedule, stages, at,
+                                           parts.template place<true>(schedule, pair));
+            wait_until_read<Wide<kBias>>(stages, at);
+        }
     } else {
         take_registers<232>();
-        Tiles<kBias>::with(tile_chosen, [&](auto tile) {
-            consume<decltype(tile), kBias>(operands, norm, epilogue, bias, schedule, stages);
-        });
+        if (threadIdx.x >= 256) pair += schedule.clusters(), at.skip(schedule.k_tiles);
+        consume<false, kBias>(operands, norm, epilogue, bias, schedule, parts, stages, at, pair);
+        consume<true, kBias>(operands, norm, epilogue, bias, schedule, parts, stages, at, pair);
     }
 }
 
@@ -112,9 +153,14 @@ extern "C" int32_t gleaner_gemm_sm90_swiglu(void *out, const void *a, const floa
                                             int32_t k, float eps, void *stream) {
     const RowNorm norm = row_norm(squares, k, eps);
     const SwiGlu epilogue{static_cast<bf16 *>(out), n / 2};
-    const auto kernel = bias ? gemm_swiglu_sm90_kernel<true> : gemm_swiglu_sm90_kernel<false>;
     int clusters;
     if (const int32_t status = count_clusters(&clusters)) return status;
-    return launch_gemm(kernel, clusters, kThreads, kSharedBytes, a, max_rows, weight, {rows, nullptr, n, k}, stream, norm,
-                       epilogue, static_cast<const bf16 *>(bias));
+    const auto with = [&](auto with_bias) {
+        constexpr bool kBias = decltype(with_bias)::value;
+        const auto choose = [&](int rows) { return Parts<kBias>::choose(rows, n, divide_up(k, kTileK), clusters); };
+        return launch_gemm(gemm_swiglu_sm90_kernel<kBias>, clusters, kThreads, kSharedBytes, a, max_rows, weight,
+                           {rows, nullptr, n, k}, choices(choose), stream, norm, epilogue,
+                           static_cast<const bf16 *>(bias));
+    };
+    return bias ? with(std::true_type{}) : with(std::false_type{});
 }

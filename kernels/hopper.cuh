@@ -9,12 +9,8 @@
 __host__ __device__ inline int divide_up(int a, int b) { return (a + b - 1) / b; }
 
 // a / b for 0 <= a < 2^20 and b > 0, in few instructions: the half that is added is more than what is lost in rounding.
-__host__ __device__ inline int divide_fast(int a, int b) {
-#ifdef __CUDA_ARCH__
+__device__ inline int divide_fast(int a, int b) {
     return static_cast<int>(__fdividef(static_cast<float>(a) + 0.5f, static_cast<float>(b)));
-#else
-    return a / b;
-#endif
 }
 
 // A matrix [rows, columns] of bf16 or fp32, row-major, that is copied in boxes of 128 bytes of each row: 64 columns of bf16. A

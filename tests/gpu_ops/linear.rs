@@ -194,7 +194,7 @@ fn rows_are_the_same_to_the_bit_however_many_there_are() {
     with_all_kernels("products of fewer rows", |gpu| {
         let eps = EPS;
         for (n, k) in [(1152, 896), (896, 896), (896, 4864), (9728, 896), (640, 384)] {
-            let (linear, ..) = gpu.linear(n, k, true);
+            let ((linear, ..), (plain, ..)) = (gpu.linear(n, k, true), gpu.linear(n, k, false));
             let (input, _) = gpu.residual_of(&noise(most * k, 31), k, 32);
             let (x, norm) = (to_f32(&noise(most * n, 33)), gpu.upload(&noise(n, 34)));
             let (_, table) = gpu.rope_table(most + JUNK_ROWS, 64);
@@ -204,10 +204,12 @@ fn rows_are_the_same_to_the_bit_however_many_there_are() {
                 gpu.set(rows, []);
                 let normed = Normed { residual: &input, eps };
                 let live = gpu.rows(rows);
-                let (mut rope, mut h) = (gpu.canaries(rows, n), gpu.canaries(rows, n / 2));
+                let (mut rope, mut h, mut plain_h) =
+                    (gpu.canaries(rows, n), gpu.canaries(rows, n / 2), gpu.canaries(rows, n / 2));
                 let mut stream = gpu.residual_canaries(&x[..rows * n], rows, n);
                 gpu.device.gemm_rope(&mut rope, normed, &linear, rotation, live, Starts::default()).unwrap();
                 gpu.device.gemm_swiglu(&mut h, normed, &linear, live).unwrap();
+                gpu.device.gemm_swiglu(&mut plain_h, normed, &plain, live).unwrap();
                 gpu.device.gemm_residual(&mut stream, &input.scaled, &linear, &norm, live).unwrap();
                 let halves = |out: &CudaSlice<bf16>, width: usize| -> Vec<u32> {
                     gpu.fetch(out)[..rows * width].iter().map(|value| value.to_bits().into()).collect()
@@ -216,7 +218,8 @@ fn rows_are_the_same_to_the_bit_however_many_there_are() {
                     gpu.fetch(out)[..rows * width].iter().map(|value| value.to_bits()).collect()
                 };
                 let (scaled, squares) = (halves(&stream.scaled, n), words(&stream.squares, slots(n)));
-                let outputs = vec![halves(&rope, n), halves(&h, n / 2), words(&stream.x, n), scaled, squares];
+                let (h, plain_h) = (halves(&h, n / 2), halves(&plain_h, n / 2));
+                let outputs = vec![halves(&rope, n), h, plain_h, words(&stream.x, n), scaled, squares];
                 if all.is_empty() {
                     all = outputs;
                     continue;
@@ -252,7 +255,8 @@ fn gemm_at_reading_lengths() {
     });
 }
 
-/// Steps so long that Hopper's kernels take tiles of 192 rows or 256 columns; short sums, for the reference's sake.
+/// Steps so long that Hopper's kernels take tiles of 192 rows or 256 columns, and longer than the host chooses tiles for;
+/// short sums, for the reference's sake.
 #[test]
 #[ignore = "needs a GPU"]
 fn gemm_at_long_steps() {
@@ -264,6 +268,8 @@ fn gemm_at_long_steps() {
                 worst = worst.max(rope(gpu, rows, [0; 3], 64, n, 72));
             }
         }
+        worst = worst.max(residual(gpu, 8300, (272, 72), false));
+        worst = worst.max(swiglu(gpu, 8300, (2048, 72), false));
         worst
     });
 }
