@@ -179,6 +179,7 @@ fn benchmarks() {
     with("--lengths", "999999999", &["--lengths is 999999999", "131072"]);
     with("--window", "8", &["--window is 8", "16"]);
     with("--tokens", "1", &["--tokens is 1", "16"]);
+    with("--pause", "60001", &["--pause is 60001", "60000"]);
     with("--new-tokens", "0", &["--new-tokens is 0", "1"]);
     with("--model", "no/such/model", &["no/such/model"]);
 

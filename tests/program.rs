@@ -343,8 +343,8 @@ fn bench_measures_the_bundled_model_on_the_cpu() {
     positive(&report["workspace_bytes"], "workspace");
     assert_eq!(report["notes"].as_array().unwrap().len(), 0);
 
-    let table = bench("278", &["--tokens", "300", "--retained", "128"]);
-    for word in ["15.7M parameters", "step tokens", "document", "prefill", "decode", "tokenizer"] {
+    let table = bench("278", &["--tokens", "300", "--retained", "128", "--pause", "20"]);
+    for word in ["15.7M parameters", "pause      20 ms", "step tokens", "document", "prefill", "decode", "tokenizer"] {
         assert!(table.contains(word), "{word:?} is not in: {table}");
     }
 

@@ -1,6 +1,7 @@
 //! What is timed, on synthetic plans through the [`Reader`] trait.
 
 use std::ops::ControlFlow;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use gleaner::model::{Config, Model};
@@ -35,6 +36,8 @@ pub struct Bench<'a> {
     pub reader: &'a dyn Reader,
     pub config: &'a Config,
     pub retained: usize,
+    /// Before each reading, warm-ups too: a GPU at its power limit lowers its clocks, one that has rested does not yet.
+    pub pause: Duration,
 }
 
 impl Bench<'_> {
@@ -64,6 +67,7 @@ impl Bench<'_> {
     /// Seconds to read `plan`, and the mean tokens of its steps behind `first_steps`, and of those computed.
     fn read(&self, plan: &Plan, first_steps: usize) -> Result<(f64, [f64; 2]), Error> {
         let mut tokens = Vec::with_capacity(plan.chunks());
+        thread::sleep(self.pause);
         let begun = Instant::now();
         self.reader.read(plan, &mut |report| {
             tokens.push([report.tokens, report.tokens - report.reused_tokens]);
@@ -92,7 +96,7 @@ impl Bench<'_> {
         let long = plan(first_steps + span);
 
         let mut mean_tokens = 0.0;
-        let ms = pairs(|| {
+        let ms = pairs(BUDGET + self.pause * (2 * PAIRS as u32), || {
             let (short, _) = self.read(&short, first_steps)?;
             let (long, [mean, _]) = self.read(&long, first_steps)?;
             mean_tokens = mean;
@@ -148,8 +152,8 @@ impl Bench<'_> {
             Ok(begun.elapsed().as_secs_f64())
         };
         seconds(FIRST_TOKENS)?;
-        let prefill = pairs(|| Ok(seconds(1)? * 1e3))?;
-        let decode = pairs(|| {
+        let prefill = pairs(BUDGET, || Ok(seconds(1)? * 1e3))?;
+        let decode = pairs(BUDGET, || {
             let (short, long) = (seconds(FIRST_TOKENS)?, seconds(FIRST_TOKENS + new_tokens)?);
             Ok((long - short) * 1e3 / new_tokens as f64)
         })?;
@@ -184,10 +188,10 @@ struct Spread {
 }
 
 /// Several runs of `measure`, at least two and no more than the budget allows.
-fn pairs(mut measure: impl FnMut() -> Result<f64, Error>) -> Result<Spread, Error> {
+fn pairs(budget: Duration, mut measure: impl FnMut() -> Result<f64, Error>) -> Result<Spread, Error> {
     let begun = Instant::now();
     let mut runs = Vec::new();
-    while runs.len() < PAIRS && (runs.len() < 2 || begun.elapsed() < BUDGET) {
+    while runs.len() < PAIRS && (runs.len() < 2 || begun.elapsed() < budget) {
         runs.push(measure()?);
     }
     runs.sort_by(f64::total_cmp);

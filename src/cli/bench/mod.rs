@@ -50,6 +50,10 @@ pub struct BenchArgs {
     /// Lengths of the steps to time
     #[arg(long, value_name = "TOKENS,...", value_delimiter = ',', default_value = "1894,2918,4966")]
     lengths: Vec<usize>,
+    /// Pause before each reading that is timed, in milliseconds: a GPU that has rested runs at its highest clock for a while,
+    /// one that has worked for seconds at what its power limit leaves
+    #[arg(long, value_name = "MS", default_value_t = 0)]
+    pause: u64,
     /// Tokens to decode
     #[arg(long, value_name = "N", default_value_t = 64)]
     new_tokens: usize,
@@ -83,6 +87,7 @@ impl BenchArgs {
         let most = 1_000_000_000;
         check("--tokens", tokens, (SENTENCE..=most).contains(&tokens), format!("from {SENTENCE} to {most}"))?;
         let new_tokens = (1..=4096).contains(&self.new_tokens);
+        check("--pause", self.pause as usize, self.pause <= 60_000, "from 0 to 60000".into())?;
         check("--new-tokens", self.new_tokens, new_tokens, "from 1 to 4096".into())
     }
 }
@@ -146,7 +151,7 @@ fn measure(args: &BenchArgs, progress: &dyn Fn(String)) -> Result<Report, Error>
 
     // A closure would hold the reader from one use to the next.
     fn bench<'a>(reader: &'a dyn Reader, model: &'a Model, args: &BenchArgs) -> Bench<'a> {
-        Bench { reader, config: &model.config, retained: args.retained }
+        Bench { reader, config: &model.config, retained: args.retained, pause: Duration::from_millis(args.pause) }
     }
     let mut steps = Vec::new();
     reader.set_reuse(false);
@@ -201,6 +206,7 @@ fn measure(args: &BenchArgs, progress: &dyn Fn(String)) -> Result<Report, Error>
         device: reader.device(),
         load_ms,
         retained: args.retained,
+        pause_ms: args.pause,
         frame_tokens: FRAME,
         question_rows: QUESTION_ROWS,
         ceilings,

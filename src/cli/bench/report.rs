@@ -15,6 +15,8 @@ pub struct Report {
     /// From the files, or from random weights in memory, to a reader.
     pub load_ms: f64,
     pub retained: usize,
+    /// Before each timed reading.
+    pub pause_ms: u64,
     pub frame_tokens: usize,
     pub question_rows: usize,
     pub ceilings: Ceilings,
@@ -104,6 +106,9 @@ impl Report {
         }
         if let Some(gb_per_s) = self.ceilings.copy_gb_per_s {
             writeln!(out, "copies     {gb_per_s:.0} GB/s at best, read and written")?;
+        }
+        if self.pause_ms > 0 {
+            writeln!(out, "pause      {} ms before each reading of steps or of the document", self.pause_ms)?;
         }
         writeln!(out, "\nstep tokens    chunk    ms a step    least-most ms    TFLOP/s    of the best product")?;
         for step in &self.steps {
