@@ -2,13 +2,14 @@
 // of sm_80: 64 query rows and one head a CTA, 16 rows a warp, keys in tiles of 64, online softmax in base 2.
 //
 // Rows of a tile are stored as 16-byte pieces; piece p of row r lies in slot p ^ (r % 8), so that the eight rows that
-// one ldmatrix reads lie in different banks. Rows beyond the live count are read as zeros and never written.
+// one ldmatrix reads lie in different banks. Rows beyond the live count are read as zeros and never written. Blocks of rows
+// start at multiples of 64 whichever row is the first: those before it are computed, for their block is, and not written.
 #include "common.cuh"
 #include "kernels.h"
 
 namespace {
 
-constexpr int kRows = GLEANER_ROW_BLOCK, kKeys = 64, kThreads = 128;
+constexpr int kRows = 64, kKeys = 64, kThreads = 128;
 
 struct Args {
     bf16 *out;        // [rows - first_row, num_heads * head_dim]
@@ -44,7 +45,7 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(Args args) {
     constexpr int kSteps = kHeadDim / 16;  // of 16 dimensions
     const int rows = *args.rows, first_row = start_of_rows(args.first_row);
     // The longest rows first: they have the most keys.
-    const int m0 = first_row + (gridDim.y - 1 - blockIdx.y) * kRows;
+    const int m0 = first_row / kRows * kRows + (gridDim.y - 1 - blockIdx.y) * kRows;
     if (m0 >= rows) return;
     extern __shared__ __align__(128) unsigned char shared[];
     const uint32_t shared_q = shared_address(shared);
@@ -162,7 +163,7 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(Args args) {
         sum += __shfl_xor_sync(0xffffffffu, sum, 1);
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
         const int row = m0 + warp * 16 + half * 8 + lane / 4;
-        if (row >= rows) continue;
+        if (row < first_row || row >= rows) continue;
         bf16 *to = args.out + (static_cast<size_t>(row - first_row) * args.num_heads + head) * kHeadDim + lane % 4 * 2;
 #pragma unroll
         for (int d = 0; d < kHeadDim / 8; ++d)

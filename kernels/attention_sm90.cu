@@ -13,6 +13,9 @@
 // The pieces are dealt to the CTAs by their lengths, so that all have nearly the same number of tiles. The order of sums does
 // not depend on that, nor on the number of warpgroups: a row sees the same tiles in the same order.
 //
+// Blocks of 64 rows start at multiples of 64 whichever row is the first, for a row must see its own key in its first tile, and
+// the same tiles always. Those before the first are computed, for their block is, and not written.
+//
 // Rows beyond the live count may hold anything: as queries they touch their own row alone, as keys they are masked, as
 // values they are overwritten with zeros, for 0 times NaN would be NaN. They are never written.
 #include "hopper.cuh"
@@ -20,7 +23,7 @@
 
 namespace {
 
-constexpr int kKeys = 128, kGroupRows = GLEANER_ROW_BLOCK, kBoxRows = 64;
+constexpr int kKeys = 128, kGroupRows = 64, kBoxRows = 64;
 constexpr int kMaxGroups = 3, kMaxStages = 4;
 constexpr int kTurns = 2;  // the first of the barriers for turns; 1 is that of all warpgroups that multiply
 constexpr int kGroupBarriers = kTurns + kMaxGroups;  // the first of those that are each of one warpgroup
@@ -71,18 +74,20 @@ struct Schedule {
     const Args &args;
     int rows, pieces;
     __device__ Schedule(const Args &args)
-        : args(args), rows(*args.rows), pieces(divide_up(rows - first_row(), kRows) * args.num_heads) {}
+        : args(args), rows(*args.rows), pieces(divide_up(rows - first_block(), kRows) * args.num_heads) {}
     // Loaded each time: a register more would not be there.
     __device__ int first_row() const { return start_of_rows(args.first_row); }
+    // The first row of its block.
+    __device__ int first_block() const { return first_row() & -kGroupRows; }
     __device__ int index(int round) const {
         const int cta = blockIdx.x, grid = gridDim.x;
-        const bool in_parts = args.window == 0 && first_row() == 0 && pieces > 2 * grid && 5 * pieces <= 14 * grid;
+        const bool in_parts = args.window == 0 && first_block() == 0 && pieces > 2 * grid && 5 * pieces <= 14 * grid;
         const int pairs = in_parts ? pieces * (4 * grid - pieces) / (4 * grid) * 47 / 50 : 0;
         if (cta < pairs) return round == 0 ? cta : round == 1 ? 2 * pairs - 1 - cta : pieces;
         return 2 * pairs + round * (grid - pairs) + (round % 2 == 0 ? cta - pairs : grid - 1 - cta);
     }
     __device__ Piece piece(int index) const {
-        const int m0 = first_row() + (pieces - 1 - index) / args.num_heads * kRows;
+        const int m0 = first_block() + (pieces - 1 - index) / args.num_heads * kRows;
         const int first_key = args.window ? max(0, m0 + 1 - args.window) : 0;
         return {index % args.num_heads, m0, first_key / kKeys, (min(m0 + kRows, rows) - 1) / kKeys};
     }
@@ -336,7 +341,7 @@ __device__ void consume(const Args &args, const Shared &shared) {
                     words[w] = pack(at[0] * factor, at[1] * factor);
                 }
                 const uint4 piece_of_row = transpose(words);
-                if (of < schedule.rows) *reinterpret_cast<uint4 *>(to + j * 32) = piece_of_row;
+                if (out_row >= 0 && of < schedule.rows) *reinterpret_cast<uint4 *>(to + j * 32) = piece_of_row;
             }
         }
     }

@@ -135,7 +135,7 @@ int32_t gleaner_row_sm90_mlp(int64_t *row, const void *norm, const void *gate_up
 
 // out [rows - first_row, num_heads * head_dim] = softmax(q k^T / sqrt(head_dim)) v of the rows from first_row on, causal; qkv
 // [rows, (num_heads + 2 * num_kv_heads) * head_dim], bf16. head_dim 64 or 128. window: keys a row may attend to, itself
-// included; 0 for all. first_row: a device integer, a multiple of GLEANER_ROW_BLOCK, or null for 0.
+// included; 0 for all. first_row: a device integer, or null for 0; a row's result is the same whichever it is.
 int32_t gleaner_attention(void *out, const void *qkv, const int32_t *rows, const int32_t *first_row, int32_t max_rows,
                           int32_t num_heads, int32_t num_kv_heads, int32_t head_dim, int32_t window, void *stream);
 
@@ -143,9 +143,6 @@ int32_t gleaner_attention(void *out, const void *qkv, const int32_t *rows, const
 int32_t gleaner_attention_sm90(void *out, const void *qkv, const int32_t *rows, const int32_t *first_row,
                                int32_t max_rows, int32_t num_heads, int32_t num_kv_heads, int32_t head_dim,
                                int32_t window, void *stream);
-
-// Rows that attention takes together: a row's result is the same whichever of these blocks are computed.
-#define GLEANER_ROW_BLOCK 64
 
 // Where the reading of a document stands.
 typedef struct {

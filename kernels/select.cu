@@ -104,7 +104,7 @@ __device__ void assemble(Sums &sums, const GleanerPlan &plan, const GleanerLoop 
     if (threadIdx.x == 0) {
         GleanerState &state = *loop.state;
         state.chunk = index;
-        const int first_row = fits && loop.reuses ? same_tokens / GLEANER_ROW_BLOCK * GLEANER_ROW_BLOCK : 0;
+        const int first_row = fits && loop.reuses ? same_tokens : 0;
         const int question_start = plan.prefix_len + context_tokens + plan.question_start;
         state.tokens = fits ? tokens : 0;
         state.first_row = first_row;

@@ -2,7 +2,7 @@
 //! differently here and there: all comparisons are exact.
 
 use gleaner::Error;
-use gleaner::cuda::ops::{DevicePlan, Heads, ROW_BLOCK, StepBuffers};
+use gleaner::cuda::ops::{DevicePlan, Heads, StepBuffers};
 use gleaner::plan::Plan;
 
 use super::{Gpu, Noise};
@@ -132,11 +132,10 @@ impl Loop<'_> {
     }
 }
 
-/// How many tokens two prompts begin with that are the same sentences in both, in whole blocks of rows.
+/// How many tokens two prompts begin with that are the same sentences in both.
 fn reused_tokens(plan: &Plan, before: &[u32], context: &[u32]) -> usize {
     let same = before.iter().zip(context).take_while(|(a, b)| a == b);
-    let tokens = plan.prefix.len() + same.map(|(&sentence, _)| plan.sentence_len(sentence)).sum::<usize>();
-    tokens / ROW_BLOCK * ROW_BLOCK
+    plan.prefix.len() + same.map(|(&sentence, _)| plan.sentence_len(sentence)).sum::<usize>()
 }
 
 /// All steps of a plan; returns how many sentences were dropped for capacity.
@@ -204,7 +203,7 @@ fn selection_follows_the_rules() {
     check(&gpu, &bare, decades(7), "no prefix");
 }
 
-/// What a prompt begins with as the one before is not computed again, in whole blocks of rows.
+/// What a prompt begins with as the one before is not computed again.
 #[test]
 #[ignore = "needs a GPU"]
 fn rows_that_stay_are_reused() {

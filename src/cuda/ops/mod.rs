@@ -22,10 +22,6 @@ use crate::cuda::{CudaDevice, ffi, memory};
 use crate::timings::Work;
 use crate::{Error, Result};
 
-/// Rows that attention takes together: what comes before some of these blocks does not have to be computed again, and the
-/// others' results are the same to the bit.
-pub const ROW_BLOCK: usize = ffi::GLEANER_ROW_BLOCK as usize;
-
 /// Rows that an operand may have.
 const MAX_ROWS: usize = (1 << 20) - 1;
 
@@ -437,7 +433,7 @@ impl CudaDevice {
     }
 
     /// Causal attention of the rows from `first` on; `out` is `[rows - first, q * dim]`, `qkv` is `[rows, (q + 2 kv) * dim]`.
-    /// `first` is a multiple of [`ROW_BLOCK`].
+    /// A row's result is the same to the bit whichever is the first; the queries of up to 63 rows before it are read.
     ///
     /// # Errors
     /// As [`CudaDevice::embed`]; `dim` must be 64 or 128.
