@@ -351,6 +351,7 @@ template <int kHeadDim, int kGroups>
 __global__ void __launch_bounds__(Shape<kHeadDim, kGroups>::kThreads, 1)
     attention_sm90_kernel(const __grid_constant__ CUtensorMap map, const Args args) {
     using S = Shape<kHeadDim, kGroups>;
+    start_next();
     extern __shared__ unsigned char memory[];
     __shared__ uint64_t barriers[2 + 4 * kMaxStages];
     __shared__ int over[2 * kMaxGroups];
@@ -373,6 +374,7 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kGroups>::kThreads, 1)
         for (int &word : over) word = 0;
     }
     __syncthreads();
+    wait_for_previous();
     // The roles are the two branches of one condition: what setmaxnreg asks for.
     if (threadIdx.x < 128) {
         give_registers<S::kCopyRegisters>();
@@ -386,14 +388,10 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kGroups>::kThreads, 1)
 template <int kHeadDim, int kGroups>
 int32_t launch(const CUtensorMap &map, const Args &args, int max_rows, int multiprocessors, void *stream) {
     using S = Shape<kHeadDim, kGroups>;
-    const cudaError_t status = cudaFuncSetAttribute(attention_sm90_kernel<kHeadDim, kGroups>,
-                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
-    if (status != cudaSuccess) return status;
     const int most_pieces = divide_up(max_rows, S::kRows) * args.num_heads;
     const int grid = most_pieces < multiprocessors ? most_pieces : multiprocessors;
-    attention_sm90_kernel<kHeadDim, kGroups>
-        <<<grid, S::kThreads, S::kSharedBytes, static_cast<cudaStream_t>(stream)>>>(map, args);
-    return cudaGetLastError();
+    return launch_overlapping(attention_sm90_kernel<kHeadDim, kGroups>, grid, S::kThreads, S::kSharedBytes, stream, map,
+                              args);
 }
 
 }  // namespace

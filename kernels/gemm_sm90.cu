@@ -325,6 +325,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads<Groups>, 1
                      const Operands operands, const __grid_constant__ Choices choices,
                      const __grid_constant__ CUtensorMap side_map, Epilogue epilogue) {
     using Tiles = typename Groups::template Tiles<Epilogue>;
+    start_next();
     const Schedule schedule(operands);
     const Stages stages = make_stages(&a_map, weight_maps, Groups::kGroups * 4);
     const int tile = choices.of(schedule.rows);
@@ -337,15 +338,20 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads<Groups>, 1
             Tiles::with(tile, [&](auto a_tile) {
                 using T = decltype(a_tile);
                 typename T::At at;
-                for (int pair = schedule.cluster(); pair < schedule.pairs<T>(); pair += schedule.clusters()) {
+                int pair = schedule.cluster(), ahead = 0;
+                if (pair < schedule.pairs<T>())
+                    ahead = fill_ahead<T>(weight_maps, schedule, stages, at, schedule.place<T>(pair));
+                wait_for_previous();
+                for (; pair < schedule.pairs<T>(); pair += schedule.clusters(), ahead = 0) {
                     const auto place = schedule.place<T>(pair);
-                    fill_stages<T>(&a_map, weight_maps, schedule, stages, at, place);
+                    fill_stages<T>(&a_map, weight_maps, schedule, stages, at, place, ahead);
                     fill_side<T>(&side_map, epilogue, stages, at, epilogue.side_row(place.row), place.column);
                 }
                 wait_until_read<T>(stages, at);
             });
     } else {
         take_registers<Groups::kRegisters>();
+        wait_for_previous();
         Tiles::with(tile, [&](auto a_tile) {
             consume<decltype(a_tile)>(epilogue, schedule, stages, stages.ring + Groups::kRingBytes);
         });

@@ -161,35 +161,56 @@ __device__ inline Stages make_stages(const CUtensorMap *a_map, const WeightMaps 
     return stages;
 }
 
-// Fills the stages of a tile, one for each 64 of k: rows of a, and the weights of the tile's columns.
+// Opens a stage, and copies the weights of the tile's columns: half of those of two tiles in the same columns, or all of a
+// tile's own.
 template <class T>
-__device__ void fill_stages(const CUtensorMap *a_map, const WeightMaps &weight_maps, const Schedule &schedule,
-                            const Stages &stages, typename T::At &at, const Schedule::Place &place) {
+__device__ void fill_weights(const WeightMaps &weight_maps, const Schedule &schedule, const Stages &stages,
+                             const typename T::At &at, const Schedule::Place &place, int k_tile) {
     constexpr int kHalf = T::n / kCluster;  // columns
     constexpr uint16_t kAll = (1 << kCluster) - 1;
-    const int strips = schedule.strips<T>(place.row), rank = cluster_rank();
-    // Half of the weights of two tiles in the same columns, or all of a tile's own.
+    const int rank = cluster_rank();
     const int first_half = place.beside ? 0 : rank, last_half = place.beside ? kCluster - 1 : rank;
     const uint16_t readers = place.beside ? 1 << rank : kAll;
+    const uint32_t weight = stages.ring + at.stage * T::kStageBytes + T::kABytes, barrier = stages.full + at.stage * 8;
+    barrier_expect(barrier, schedule.strips<T>(place.row) * kStripBytes + T::kWeightBytes);
+#pragma unroll 1
+    for (int half = first_half; half <= last_half; ++half)
+#pragma unroll
+        for (int box = 0; box < kHalf; box += kWeightBox)
+            copy_box_to(weight + (half * kHalf + box) * kTileK * 2,
+                        box + kWeightBox <= kHalf ? &weight_maps.whole : &weight_maps.half,
+                        place.column + half * kHalf + box, k_tile * kTileK, barrier, readers);
+}
+
+// What can be copied before the kernel before this one has ended: the weights of the first stages. Returns how many.
+template <class T>
+__device__ int fill_ahead(const WeightMaps &weight_maps, const Schedule &schedule, const Stages &stages, typename T::At at,
+                          const Schedule::Place &place) {
+    const int count = min(T::kStages, schedule.k_tiles);
+#pragma unroll 1
+    for (int k_tile = 0; k_tile < count; ++k_tile, at.next())
+        fill_weights<T>(weight_maps, schedule, stages, at, place, k_tile);
+    return count;
+}
+
+// Fills the stages of a tile, one for each 64 of k: rows of a, and weights but for the first `ahead`, which have them.
+template <class T>
+__device__ void fill_stages(const CUtensorMap *a_map, const WeightMaps &weight_maps, const Schedule &schedule,
+                            const Stages &stages, typename T::At &at, const Schedule::Place &place, int ahead) {
+    const int strips = schedule.strips<T>(place.row);
 #pragma unroll 1
     for (int k_tile = 0; k_tile < schedule.k_tiles; ++k_tile, at.next()) {
-        const uint32_t a = stages.ring + at.stage * T::kStageBytes, weight = a + T::kABytes;
-        const uint32_t barrier = stages.full + at.stage * 8;
-        // Both CTAs have read the stage, for half of what is copied goes to the other's.
-        barrier_wait(stages.empty + at.stage * 8, at.parity ^ 1);
-        barrier_expect(barrier, strips * kStripBytes + T::kWeightBytes);
+        const uint32_t a = stages.ring + at.stage * T::kStageBytes, barrier = stages.full + at.stage * 8;
+        if (k_tile >= ahead) {
+            // Both CTAs have read the stage, for half of what is copied goes to the other's.
+            barrier_wait(stages.empty + at.stage * 8, at.parity ^ 1);
+            fill_weights<T>(weight_maps, schedule, stages, at, place, k_tile);
+        }
 #pragma unroll
         for (int strip = 0; strip < T::m / kStrip; ++strip)
             if (strip < strips)
                 copy_box(a + strip * kStripBytes, a_map, schedule.row_start + place.row + strip * kStrip, k_tile * kTileK,
                          barrier);
-#pragma unroll 1
-        for (int half = first_half; half <= last_half; ++half)
-#pragma unroll
-            for (int box = 0; box < kHalf; box += kWeightBox)
-                copy_box_to(weight + (half * kHalf + box) * kTileK * 2,
-                            box + kWeightBox <= kHalf ? &weight_maps.whole : &weight_maps.half,
-                            place.column + half * kHalf + box, k_tile * kTileK, barrier, readers);
     }
 }
 
@@ -267,9 +288,6 @@ int32_t launch_gemm(void (*kernel)(CUtensorMap, WeightMaps, Operands, Choices, P
         return status;
     if (const int32_t status = make_tensor_map(&weight_maps.half, of_weight, operands.n, operands.k, kWeightBox / 2))
         return status;
-    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (status != cudaSuccess) return status;
-    kernel<<<clusters * kCluster, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
-        a_map, weight_maps, operands, choices, arguments...);
-    return cudaGetLastError();
+    return launch_overlapping(kernel, clusters * kCluster, threads, shared_bytes, stream, a_map, weight_maps, operands,
+                              choices, arguments...);
 }

@@ -120,6 +120,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
     gemm_swiglu_sm90_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ WeightMaps weight_maps,
                             const Operands operands, const __grid_constant__ Choices choices, const RowNorm norm,
                             const SwiGlu epilogue, const bf16 *bias) {
+    start_next();
     const Schedule schedule(operands);
     const Stages stages = make_stages(&a_map, weight_maps, 4);
     const Parts<kBias> parts(schedule.rows, schedule.n, choices.of(schedule.rows));
@@ -130,16 +131,22 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
     if (threadIdx.x < 128) {
         give_registers<40>();
         if (threadIdx.x == 0) {
-            for (; pair < parts.wide; pair += schedule.clusters())
+            int ahead = 0;
+            if (pair < parts.wide)
+                ahead = fill_ahead<Wide<kBias>>(weight_maps, schedule, stages, at,
+                                                parts.template place<false>(schedule, pair));
+            wait_for_previous();
+            for (; pair < parts.wide; pair += schedule.clusters(), ahead = 0)
                 fill_stages<Wide<kBias>>(&a_map, weight_maps, schedule, stages, at,
-                                         parts.template place<false>(schedule, pair));
+                                         parts.template place<false>(schedule, pair), ahead);
             for (; pair < parts.all; pair += schedule.clusters())
                 fill_stages<Narrow<kBias>>(&a_map, weight_maps, schedule, stages, at,
-                                           parts.template place<true>(schedule, pair));
+                                           parts.template place<true>(schedule, pair), 0);
             wait_until_read<Wide<kBias>>(stages, at);
         }
     } else {
         take_registers<232>();
+        wait_for_previous();
         if (threadIdx.x >= 256) pair += schedule.clusters(), at.skip(schedule.k_tiles);
         consume<false, kBias>(operands, norm, epilogue, bias, schedule, parts, stages, at, pair);
         consume<true, kBias>(operands, norm, epilogue, bias, schedule, parts, stages, at, pair);
