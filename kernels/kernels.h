@@ -58,7 +58,8 @@ int32_t gleaner_gemm_rope(void *out, const void *a, const float *squares, const 
                           int32_t k, int32_t head_dim, int32_t rope_columns, float eps, void *stream);
 
 // The same three for Hopper (compute capability 9.0 alone), which may read dead rows: a and x hold max_rows rows. For rope it
-// is a_rows that a holds, and the table `positions`; it is read whether or not heads are rotated.
+// is a_rows that a holds, and the table `positions`; it is read whether or not heads are rotated. They start before the kernel
+// before them has ended: weights, *rows and starts were there when that one started.
 int32_t gleaner_gemm_sm90_residual(float *x, void *scaled, float *squares, const void *a, const void *weight,
                                    const void *bias, const void *norm, const int32_t *rows, int32_t max_rows, int32_t n,
                                    int32_t k, void *stream);
@@ -139,7 +140,7 @@ int32_t gleaner_row_sm90_mlp(int64_t *row, const void *norm, const void *gate_up
 int32_t gleaner_attention(void *out, const void *qkv, const int32_t *rows, const int32_t *first_row, int32_t max_rows,
                           int32_t num_heads, int32_t num_kv_heads, int32_t head_dim, int32_t window, void *stream);
 
-// The same on compute capability 9.0.
+// The same on compute capability 9.0. *rows and *first_row were there when the kernel before this one started.
 int32_t gleaner_attention_sm90(void *out, const void *qkv, const int32_t *rows, const int32_t *first_row,
                                int32_t max_rows, int32_t num_heads, int32_t num_kv_heads, int32_t head_dim,
                                int32_t window, void *stream);
