@@ -81,7 +81,6 @@ __global__ void __cluster_dims__(kSplits, 1, 1) __maxnreg__(kRegisters) row_atte
     if (threadIdx.x == 0) {
         barrier_init(joined, 1);
         barrier_init_fence();
-        barrier_expect(joined, sizeof(shared.parts) + sizeof(shared.statistics));
     }
     asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
     const int position = __ldcg(args.position);
@@ -211,8 +210,9 @@ __global__ void __cluster_dims__(kSplits, 1, 1) __maxnreg__(kRegisters) row_atte
         __syncthreads();
     }
 
-    // All others have made their barriers.
+    // All others have made their barriers. What they send may count before it is expected: the phase waits for this arrival.
     asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+    if (threadIdx.x == 0) barrier_expect(joined, sizeof(shared.parts) + sizeof(shared.statistics));
     // What belongs to the rest lies two rows below.
     const float2 pair = {values[0] + __shfl_down_sync(0xffffffffu, values[0], 4 * kHeads),
                          values[1] + __shfl_down_sync(0xffffffffu, values[1], 4 * kHeads)};
