@@ -9,7 +9,7 @@ using bf16 = __nv_bfloat16;
 // Overlap of a kernel with the one before it (programmatic dependent launch), where the GPU has it. A kernel that was
 // launched so may start early, and must wait before it reads or writes anything that the kernel before it touches. What never
 // changes, as weights, it may read before; and what kernels further back wrote, if the one before it has waited for them before
-// it let this one start.
+// it let this one start, or if one in between was launched without overlap.
 __device__ inline void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

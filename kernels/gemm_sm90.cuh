@@ -8,8 +8,8 @@
 // Large tiles move fewer bytes a product, small ones fill the last wave better. Which costs least depends on the number of live
 // rows, which the device alone knows: the host works it out for all that may be, and the device looks it up.
 //
-// A kernel starts while the one before it still runs. Up to wait_for_previous it touches what that one does not write: the
-// counts, and weights, of which it asks for as many as the ring has stages.
+// A kernel starts while the one before it still runs. Up to wait_for_previous it reads the counts, which were there when that
+// one started, and asks for weights, as many as the ring has stages for.
 //
 // Rows of a beyond the live count may hold anything: a row of a touches its own row of the product alone. Pairs of tiles
 // without a live row do not exist, and strips of 64 rows without one are not fetched.
