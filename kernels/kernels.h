@@ -140,7 +140,7 @@ int32_t gleaner_row_sm90_mlp(int64_t *row, const void *norm, const void *gate_up
 int32_t gleaner_attention(void *out, const void *qkv, const int32_t *rows, const int32_t *first_row, int32_t max_rows,
                           int32_t num_heads, int32_t num_kv_heads, int32_t head_dim, int32_t window, void *stream);
 
-// The same on compute capability 9.0. *rows and *first_row were there when the kernel before this one started.
+// The same on compute capability 9.0. It starts before the kernel before it has ended.
 int32_t gleaner_attention_sm90(void *out, const void *qkv, const int32_t *rows, const int32_t *first_row,
                                int32_t max_rows, int32_t num_heads, int32_t num_kv_heads, int32_t head_dim,
                                int32_t window, void *stream);

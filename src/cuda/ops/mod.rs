@@ -32,8 +32,8 @@ const MAX_PAIRS: usize = (1 << 20) - (1 << 10);
 /// How many rows of a buffer are live: a number that lies on the device, so that one recorded launch serves any length.
 #[derive(Clone, Copy)]
 pub struct Rows<'a> {
-    /// Device integers, written by this crate's kernels or by the caller: with a copy, or with a kernel that is not the last
-    /// one before they are read, for products and attention read them while that one may still run.
+    /// Device integers, written by this crate's kernels or by the caller: with a copy, or with a kernel that lets none start
+    /// early and is not the last one before a product, for products read them while that one may still run.
     pub ints: &'a CudaSlice<i32>,
     /// Which of them is the count. It never exceeds `max`.
     pub index: usize,
