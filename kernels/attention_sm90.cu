@@ -378,7 +378,7 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kGroups>::kThreads, 1)
     // The roles are the two branches of one condition: what setmaxnreg asks for.
     if (threadIdx.x < 128) {
         give_registers<S::kCopyRegisters>();
-        if (threadIdx.x == 0) produce<kHeadDim, kGroups>(&map, args, shared);
+        if (warp_index() == 0 && elect()) produce<kHeadDim, kGroups>(&map, args, shared);
     } else {
         take_registers<S::kRegisters>();
         consume<kHeadDim, kGroups>(args, shared);

@@ -22,7 +22,7 @@ struct RowNorm {
         float sum = 0.f;
 #pragma unroll 2
         for (int i = 0; i < slots / 16; ++i) {
-            const float4 part = __ldg(at + i * 4);
+            const float4 part = __ldcg(at + i * 4);
             sum += part.x + part.y + (part.z + part.w);
         }
         sum += __shfl_xor_sync(0xffffffffu, sum, 1);

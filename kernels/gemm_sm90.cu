@@ -4,6 +4,10 @@
 // shows: above all code that runs once and has to be fetched first, and waiting for what the epilogue reads. So the latter
 // comes through the ring behind the last stage of the product; a warp brings its sums through shared memory, 32 columns at a
 // time; and what follows is one short loop over rows of them.
+#include <algorithm>
+#include <atomic>
+#include <type_traits>
+
 #include "gemm_sm90.cuh"
 #include "kernels.h"
 
@@ -21,16 +25,25 @@ constexpr int kChunksOfStage = T::kStageBytes / (T::m * kSideRowBytes);
 
 constexpr int kTileCost = 400;  // as Menu takes it
 
-// Warpgroups that multiply, 64 rows of a tile each, and what that leaves them: registers, and memory for stages.
+// Warpgroups that multiply, 64 rows of a tile each, and what that leaves them: registers, and memory for stages; and the CTAs
+// of a cluster. Clusters of four fetch less, and leave a few multiprocessors without work.
 struct Two {
-    static constexpr int kGroups = 2, kRingBytes = 200 * 1024, kRegisters = 232, kCopyRegisters = 40;
+    static constexpr int kGroups = 2, kCluster = 2, kRingBytes = 200 * 1024, kRegisters = 232, kCopyRegisters = 40;
     template <int kColumns>
     using Of = Tile<128, kColumns, kRingBytes>;
     template <class Epilogue>
     using Tiles = typename Epilogue::TilesOfTwo;
 };
+struct InFours {
+    static constexpr int kGroups = 2, kCluster = 4, kRingBytes = Two::kRingBytes, kRegisters = Two::kRegisters,
+                         kCopyRegisters = Two::kCopyRegisters;
+    template <int kColumns>
+    using Of = Tile<128, kColumns, kRingBytes, kCluster>;
+    template <class Epilogue>
+    using Tiles = typename Epilogue::TilesInFours;
+};
 struct Three {
-    static constexpr int kGroups = 3, kRingBytes = 192 * 1024, kRegisters = 160, kCopyRegisters = 32;
+    static constexpr int kGroups = 3, kCluster = 2, kRingBytes = 192 * 1024, kRegisters = 160, kCopyRegisters = 32;
     template <int kColumns>
     using Of = Tile<192, kColumns, kRingBytes>;
     template <class Epilogue>
@@ -38,6 +51,8 @@ struct Three {
 };
 template <class Groups>
 constexpr int kThreads = (Groups::kGroups + 1) * 128;
+template <class Groups>
+constexpr int kSharedBytes = 1024 + Groups::kRingBytes + Groups::kGroups * 4 * kStagingBytes;
 
 __device__ inline float4 load_shared(uint32_t address) {
     float4 v;
@@ -114,8 +129,9 @@ __device__ inline size_t start_of(int row, int width) {
 // Eight threads a row, with four columns each. Squares are summed by chunk, whatever the tile: else a row's sum, and all that
 // becomes of it, would depend in its last bits on the tile, and so on the number of rows.
 struct AddToStream {
-    using TilesOfTwo = Menu<kTileCost, Two::Of<128>, Two::Of<160>, Two::Of<192>, Two::Of<256>>;
-    using TilesOfThree = Menu<kTileCost, Three::Of<128>, Three::Of<192>>;
+    using TilesOfTwo = Menu<kTileCost, Two::Of<128>, Two::Of<192>, Two::Of<160>, Two::Of<256>>;
+    using TilesInFours = Menu<kTileCost, InFours::Of<128>, InFours::Of<192>>;
+    using TilesOfThree = Menu<kTileCost, Three::Of<128>, Three::Of<192>, Three::Of<160>>;
     float *x;
     bf16 *scaled;
     float *squares;
@@ -139,13 +155,17 @@ struct AddToStream {
     __device__ void finish(uint32_t staged, uint32_t side, int row, int tile_column, int chunk, int end, OfTile &of_tile,
                            const Loaded<kColumns> &loaded) const {
         const int part = threadIdx.x % 8, in_tile = chunk * kChunk + part * 4, column = tile_column + in_tile;
-        const float4 weights = loaded.norm.four(in_tile), bias_four = loaded.bias.four(in_tile);
+        const float4 weights = loaded.norm.four(in_tile);
         float4 sums[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            sums[i] = scaled_sum(load_shared(staged + row_of(i) * kPitchBytes + part * 16), 1.f, bias_four);
-            sums[i] = scaled_sum(load_side(side, row_of(i), part), 1.f, sums[i]);
+        for (int i = 0; i < 4; ++i) sums[i] = load_shared(staged + row_of(i) * kPitchBytes + part * 16);
+        if (bias) {
+            const float4 bias_four = loaded.bias.four(in_tile);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[i] = scaled_sum(sums[i], 1.f, bias_four);
         }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[i] = scaled_sum(load_side(side, row_of(i), part), 1.f, sums[i]);
         const bool inside = column < end, even = chunk % 2 == 0;
         uint2 own[4];
         float squares_of[4];
@@ -194,8 +214,9 @@ __device__ inline QuadSums quad_sums(uint32_t staged, int i, float factor, const
 // Heads in the columns below rope_columns are rotated by angles that come as cosines and sines by turns, [positions,
 // head_dim].
 struct RotateHeads {
-    using TilesOfTwo = Menu<kTileCost, Two::Of<128>, Two::Of<160>, Two::Of<192>, Two::Of<256>>;
-    using TilesOfThree = Menu<kTileCost, Three::Of<128>, Three::Of<160>, Three::Of<192>>;
+    using TilesOfTwo = Menu<kTileCost, Two::Of<128>, Two::Of<192>, Two::Of<160>, Two::Of<256>>;
+    using TilesInFours = void;  // such layers have more columns than a wave of them takes
+    using TilesOfThree = Menu<kTileCost, Three::Of<128>, Three::Of<192>, Three::Of<160>>;
     bf16 *out;
     const bf16 *bias;
     RowNorm norm;
@@ -256,10 +277,8 @@ __device__ void fill_side(const CUtensorMap *side_map, const Epilogue &epilogue,
         barrier_expect(barrier, chunks * kBoxBytes);
 #pragma unroll 1
         for (int chunk = 0; chunk < chunks; ++chunk)
-#pragma unroll
-            for (int box = 0; box < T::m; box += kStrip)
-                copy_box(stage + chunk * kBoxBytes + box * kSideRowBytes, side_map, row + box,
-                         epilogue.side_column(tile_column + (first + chunk) * kChunk), barrier);
+            copy_box(stage + chunk * kBoxBytes, side_map, row, epilogue.side_column(tile_column + (first + chunk) * kChunk),
+                     barrier);
     }
 }
 
@@ -292,7 +311,7 @@ __device__ void finish(const Epilogue &epilogue, const float (&c)[T::n / 2], con
                                            loaded);
         __syncwarp();
         if (chunk % kEach < kEach - 1 && chunk < kChunks - 1) continue;
-        if (lane < kCluster) barrier_arrive(stages.empty + at.stage * 8, lane);
+        if (lane < T::kCluster) barrier_arrive(stages.empty + at.stage * 8, lane);
         at.next();
     }
 }
@@ -300,51 +319,50 @@ __device__ void finish(const Epilogue &epilogue, const float (&c)[T::n / 2], con
 template <class T, class Epilogue>
 __device__ void consume(const Epilogue &epilogue, const Schedule &schedule, const Stages &stages,
                         uint32_t staging) {
-    // Taken from one lane, for the compiler to see that a warp branches as one: else it mistrusts the descriptors, too.
-    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) - 4;
+    const int warp = warp_index() - 4;
     typename T::At at;
-    for (int pair = schedule.cluster(); pair < schedule.pairs<T>(); pair += schedule.clusters()) {
-        const auto [tile_row, tile_column, beside] = schedule.place<T>(pair);
+    for (int block = schedule.cluster<T::kCluster>(); block < schedule.blocks<T>();
+         block += schedule.clusters<T::kCluster>()) {
+        const auto [tile_row, tile_column, down] = schedule.place<T>(block);
         const int row = tile_row + warp * 16;
         if (warp / 4 >= schedule.strips<T>(tile_row)) {
-            skip_stages(stages, at, schedule.k_tiles + divide_up(kChunksOf<T>, kChunksOfStage<T>));
+            skip_stages<T>(stages, at, schedule.k_tiles + divide_up(kChunksOf<T>, kChunksOfStage<T>));
             continue;
         }
         typename Epilogue::OfTile of_tile = epilogue.load_tile(row);
         const auto loaded = epilogue.template load<T::n>(tile_column);
         float c[1][T::n / 2];
-        release_last(stages, multiply_stages<T>(c, stages, at, warp / 4, schedule.k_tiles));
+        release_last<T>(stages, multiply_stages<T>(c, stages, at, warp / 4, schedule.k_tiles));
         wgmma_results(c[0]);
         finish<T>(epilogue, c[0], stages, staging + warp * kStagingBytes, at, row, tile_column, of_tile, loaded);
     }
 }
 
 template <class Groups, class Epilogue>
-__global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads<Groups>, 1)
-    gemm_sm90_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ WeightMaps weight_maps,
-                     const Operands operands, const __grid_constant__ Choices choices,
+__global__ void __cluster_dims__(Groups::kCluster) __launch_bounds__(kThreads<Groups>, 1)
+    gemm_sm90_kernel(const __grid_constant__ Maps maps, const Operands operands, const __grid_constant__ Choices choices,
                      const __grid_constant__ CUtensorMap side_map, Epilogue epilogue) {
     using Tiles = typename Groups::template Tiles<Epilogue>;
     start_next();
     const Schedule schedule(operands);
-    const Stages stages = make_stages(&a_map, weight_maps, Groups::kGroups * 4);
+    const Stages stages = make_stages(maps, Groups::kGroups * 4 * Groups::kCluster);
     const int tile = choices.of(schedule.rows);
     cluster_wait();
     epilogue.start(schedule);
     // The roles are the two branches of one condition: what setmaxnreg asks for.
     if (threadIdx.x < 128) {
         give_registers<Groups::kCopyRegisters>();
-        if (threadIdx.x == 0)
+        if (warp_index() == 0 && elect())
             Tiles::with(tile, [&](auto a_tile) {
                 using T = decltype(a_tile);
                 typename T::At at;
-                int pair = schedule.cluster(), ahead = 0;
-                if (pair < schedule.pairs<T>())
-                    ahead = fill_ahead<T>(weight_maps, schedule, stages, at, schedule.place<T>(pair));
+                int block = schedule.cluster<T::kCluster>(), ahead = 0;
+                if (block < schedule.blocks<T>())
+                    ahead = fill_ahead<T>(maps, schedule, stages, at, schedule.place<T>(block));
                 wait_for_previous();
-                for (; pair < schedule.pairs<T>(); pair += schedule.clusters(), ahead = 0) {
-                    const auto place = schedule.place<T>(pair);
-                    fill_stages<T>(&a_map, weight_maps, schedule, stages, at, place, ahead);
+                for (; block < schedule.blocks<T>(); block += schedule.clusters<T::kCluster>(), ahead = 0) {
+                    const auto place = schedule.place<T>(block);
+                    fill_stages<T>(maps, schedule, stages, at, place, ahead);
                     fill_side<T>(&side_map, epilogue, stages, at, epilogue.side_row(place.row), place.column);
                 }
                 wait_until_read<T>(stages, at);
@@ -358,33 +376,68 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads<Groups>, 1
     }
 }
 
+// How many clusters of four run at a time on the current device: less than a quarter of its multiprocessors, for a cluster lies
+// within a part of the chip.
+template <class Epilogue>
+int32_t count_fours(int *clusters) {
+    constexpr int kDevices = 64;
+    static std::atomic<int> known[kDevices];  // and one more, for asking takes longer than all else here
+    int device;
+    if (const cudaError_t status = cudaGetDevice(&device)) return status;
+    if (device < kDevices && known[device] > 0) {
+        *clusters = known[device] - 1;
+        return cudaSuccess;
+    }
+    const auto kernel = gemm_sm90_kernel<InFours, Epilogue>;
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {InFours::kCluster, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = InFours::kCluster, config.blockDim = kThreads<InFours>, config.dynamicSmemBytes = kSharedBytes<InFours>;
+    config.attrs = &cluster, config.numAttrs = 1;
+    cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes<InFours>);
+    if (status == cudaSuccess) status = cudaOccupancyMaxActiveClusters(clusters, kernel, &config);
+    if (status == cudaSuccess && device < kDevices) known[device] = *clusters + 1;
+    return status;
+}
+
 // For up to max_rows live rows; `side` is [side_rows, side_columns].
 template <class Epilogue>
 int32_t launch(const void *a, int a_rows, const void *weight, const Operands &operands, int max_rows, const float *side,
                int side_rows, int side_columns, const Epilogue &epilogue, void *stream) {
-    CUtensorMap side_map;
-    int clusters;
-    if (const int32_t status = make_tensor_map(&side_map, side, side_rows, side_columns, kStrip)) return status;
-    if (const int32_t status = count_clusters(&clusters)) return status;
-    const auto choose = [&](auto groups, int rows) {
+    const auto choose = [&](auto groups, int clusters, int rows) {
         using Tiles = typename decltype(groups)::template Tiles<Epilogue>;
         return Tiles::choose(rows, operands.n, divide_up(operands.k, kTileK), clusters);
     };
-    const auto with = [&](auto groups) {
+    const auto with = [&](auto groups, int clusters) -> int32_t {
         using Groups = decltype(groups);
-        constexpr int kSharedBytes = 1024 + Groups::kRingBytes + Groups::kGroups * 4 * kStagingBytes;
-        return launch_gemm(gemm_sm90_kernel<Groups, Epilogue>, clusters, kThreads<Groups>, kSharedBytes, a, a_rows,
-                           weight, operands, choices([&](int rows) { return choose(groups, rows).tile; }), stream,
-                           side_map, epilogue);
+        using T = typename Groups::template Of<128>;
+        CUtensorMap side_map;
+        if (const int32_t status = make_tensor_map(&side_map, side, side_rows, side_columns, T::m)) return status;
+        constexpr int kWidthCount = Groups::template Tiles<Epilogue>::kWidthCount;
+        const Choices tiles = choices(max_rows, [&](int rows) { return choose(groups, clusters, rows).tile; });
+        return launch_gemm<T, kWidthCount>(gemm_sm90_kernel<Groups, Epilogue>, clusters * Groups::kCluster, kThreads<Groups>,
+                                           kSharedBytes<Groups>, a, a_rows, weight, operands, tiles, stream, side_map,
+                                           epilogue);
     };
     // Many steps are as long as the longest, and others, of which less is left to compute, anything down to half of it.
-    const auto cost = [&](auto groups) {
+    const auto cost = [&](auto groups, int clusters) {
         int64_t sum = 0;
         for (int part = 8; part <= 16; ++part)
-            sum += (part == 16 ? 9 : 1) * choose(groups, divide_up(max_rows * part, 16)).cost;
+            sum += (part == 16 ? 9 : 1) * choose(groups, clusters, divide_up(max_rows * part, 16)).cost;
         return sum;
     };
-    return cost(Three{}) < cost(Two{}) ? with(Three{}) : with(Two{});
+    int clusters;
+    if (const int32_t status = count_pairs(&clusters)) return status;
+    const int64_t of_two = cost(Two{}, clusters), of_three = cost(Three{}, clusters);
+    if constexpr (!std::is_void_v<typename Epilogue::TilesInFours>) {
+        int in_fours;
+        if (const int32_t status = count_fours<Epilogue>(&in_fours)) return status;
+        // What they save in copies is worth a sixteenth at least, by measurement.
+        if (in_fours > 0 && cost(InFours{}, in_fours) * 15 / 16 < std::min(of_two, of_three))
+            return with(InFours{}, in_fours);
+    }
+    return of_three < of_two ? with(Three{}, clusters) : with(Two{}, clusters);
 }
 
 }  // namespace

@@ -1,9 +1,12 @@
 // The pipeline of the products on Hopper, with its copy engine and warpgroup products.
 //
-// Two CTAs on neighbouring multiprocessors, a cluster, walk together over pairs of tiles of the output: nearly all of them one
-// below the other, in the same columns, so that each fetches half of the weights for both. The first warpgroup of a CTA copies:
-// one thread fills a ring of stages of 64 columns of a and of the weight. The others multiply, 64 rows each, and hold the next
-// stage in flight while they wait for the one before.
+// The CTAs of a cluster, two or four on neighbouring multiprocessors, walk together over blocks of tiles of the output. Those
+// whose tiles lie below each other need the same weights, and those whose tiles lie beside each other the same rows: each
+// fetches a part for all. The first warpgroup of a CTA copies: one thread fills a ring of stages of 64 columns of a and of the
+// weight. The others multiply, 64 rows each, and hold the next stage in flight while they wait for the one before.
+//
+// Both must be quick about it: a stage is multiplied in 500 to 1000 clocks. What is the same for all lanes of a warp has to be
+// known to the compiler as such, or it goes through registers of each lane, which took more time than the products.
 //
 // Large tiles move fewer bytes a product, small ones fill the last wave better. Which costs least depends on the number of live
 // rows, which the device alone knows: the host works it out for all that may be, and the device looks it up.
@@ -11,23 +14,22 @@
 // A kernel starts while the one before it still runs. Up to wait_for_previous it reads the counts, which were there when that
 // one started, and asks for weights, as many as the ring has stages for.
 //
-// Rows of a beyond the live count may hold anything: a row of a touches its own row of the product alone. Pairs of tiles
-// without a live row do not exist, and strips of 64 rows without one are not fetched.
+// Rows of a beyond the live count may hold anything: a row of a touches its own row of the product alone. Strips of 64 rows
+// without a live row are neither fetched nor multiplied.
 #pragma once
 
 #include "epilogue.cuh"
 #include "hopper.cuh"
 
 constexpr int kTileK = kBoxColumns;
-constexpr int kCluster = 2;  // CTAs
 constexpr int kStrip = 64;   // rows that a warpgroup multiplies at once, and of a in a copy
 constexpr int kStripBytes = kStrip * kTileK * 2;
-constexpr int kWeightBox = 32;  // rows of the weight in a copy, and half of them in a last one
 
-// A tile of the output, and the ring of stages, each with room for kStageColumns columns.
-template <int kRows, int kColumns, int kRingBytes, int kStageColumns = kColumns>
+// A tile of the output, the CTAs of a cluster, which take such tiles together, and the ring of stages, each with room for
+// kStageColumns columns.
+template <int kRows, int kColumns, int kRingBytes, int kCtas = 2, int kStageColumns = kColumns>
 struct Tile {
-    static constexpr int m = kRows, n = kColumns;
+    static constexpr int m = kRows, n = kColumns, kCluster = kCtas;
     static constexpr int kABytes = m * kTileK * 2, kWeightBytes = n * kTileK * 2;
     static constexpr int kStageBytes = kABytes + kStageColumns * kTileK * 2;
     static constexpr int kStages = kRingBytes / kStageBytes;
@@ -41,14 +43,18 @@ struct Operands {
     int n, k;
 };
 
-// The work of all clusters: pairs of tiles. Two columns of tiles hold as many pairs as there are rows of tiles: those of the
+// The work of all clusters: blocks of as many tiles as a cluster has CTAs.
+//
+// Of two, in pairs, one tile below the other: two columns of tiles hold as many pairs as there are rows of tiles, those of the
 // left column, two rows each, then those of the right. Where the rows are odd in number, two tiles of the last one come first,
-// beside each other and with weights of their own: a pair below each other would compute one tile for nobody.
+// beside each other: a pair below each other would compute one tile for nobody.
+//
+// Of four, in squares, and in a last column without a second, one below the other.
 struct Schedule {
-    // A CTA's tile of a pair.
+    // A CTA's tile of a block. So many of the block's tiles lie below each other, and share their weights; those beside each
+    // other share rows of a.
     struct Place {
-        int row, column;
-        bool beside;
+        int row, column, down;
     };
     int rows, row_start, n, k_tiles;
     __device__ explicit Schedule(const Operands &operands)
@@ -56,26 +62,40 @@ struct Schedule {
           row_start(start_of_rows(operands.row_start)),
           n(operands.n),
           k_tiles(divide_up(operands.k, kTileK)) {}
-    __device__ static int cluster() { return blockIdx.x / kCluster; }
-    __device__ static int clusters() { return gridDim.x / kCluster; }
+    template <int kCluster>
+    __device__ static int cluster() {
+        return blockIdx.x / kCluster;
+    }
+    template <int kCluster>
+    __device__ static int clusters() {
+        return gridDim.x / kCluster;
+    }
     template <class T>
-    __host__ __device__ static int pairs(int rows, int n) {
+    __host__ __device__ static int blocks(int rows, int n) {
         const int down = divide_up(rows, T::m), across = divide_up(n, T::n);
-        return across / 2 * down + across % 2 * divide_up(down, 2);
+        const int of_two_columns = T::kCluster == 2 ? down : divide_up(down, 2);
+        return across / 2 * of_two_columns + across % 2 * divide_up(down, T::kCluster);
     }
     template <class T>
-    __device__ int pairs() const {
-        return pairs<T>(rows, n);
+    __device__ int blocks() const {
+        return blocks<T>(rows, n);
     }
-    // Of the columns from first_column on, the pair of this number.
+    // Of the columns from first_column on, the block of this number.
     template <class T>
-    __device__ Place place(int pair, int first_column = 0) const {
-        const int down = divide_up(rows, T::m), left = divide_fast(pair, down) * 2, rank = cluster_rank();
-        const int odd = down % 2, in_columns = pair - left / 2 * down - odd;
-        if (in_columns < 0) return {(down - 1) * T::m, first_column + (left + rank) * T::n, true};
-        const int right = in_columns >= down / 2;
-        return {((in_columns - right * (down / 2)) * kCluster + rank) * T::m,
-                first_column + (left + right) * T::n, false};
+    __device__ Place place(int block, int first_column = 0) const {
+        const int down = divide_up(rows, T::m), rank = cluster_rank();
+        if constexpr (T::kCluster == 2) {
+            const int left = divide_fast(block, down) * 2;
+            const int odd = down % 2, in_columns = block - left / 2 * down - odd;
+            if (in_columns < 0) return {(down - 1) * T::m, first_column + (left + rank) * T::n, 1};
+            const int right = in_columns >= down / 2;
+            return {((in_columns - right * (down / 2)) * 2 + rank) * T::m, first_column + (left + right) * T::n, 2};
+        } else {
+            const int squares = divide_up(down, 2), left = divide_fast(block, squares) * 2;
+            const int in_columns = block - left / 2 * squares;
+            if (first_column + (left + 1) * T::n >= n) return {(in_columns * 4 + rank) * T::m, first_column + left * T::n, 4};
+            return {(in_columns * 2 + rank % 2) * T::m, first_column + (left + rank / 2) * T::n, 2};
+        }
     }
     // How many strips of the tile from `row` on have a live row.
     template <class T>
@@ -84,16 +104,17 @@ struct Schedule {
     }
 };
 
-// What the host has chosen for each number of live strips of 64 rows; beyond the last, as for the last.
+// What the host has chosen for each number of live strips of 64 rows, up to that of max_rows; beyond the last, as for the last.
 struct Choices {
     static constexpr int kMost = 128;
     uint8_t by_strips[kMost];
     __device__ int of(int rows) const { return by_strips[max(min(divide_up(rows, kStrip), kMost), 1) - 1]; }
 };
 template <class Choose>
-Choices choices(const Choose &choose) {
+Choices choices(int max_rows, const Choose &choose) {
     Choices made;
-    for (int strips = 1; strips <= Choices::kMost; ++strips) made.by_strips[strips - 1] = choose(strips * kStrip);
+    const int most = max_rows > 0 ? divide_up(max_rows, kStrip) : 1;
+    for (int i = 0; i < Choices::kMost; ++i) made.by_strips[i] = i < most ? choose((i + 1) * kStrip) : made.by_strips[most - 1];
     return made;
 }
 
@@ -116,7 +137,7 @@ struct Menu {
         int tile = 0;
         const auto consider = [&](auto a_tile) {
             using T = decltype(a_tile);
-            const int waves = divide_up(Schedule::pairs<T>(rows, n), clusters);
+            const int waves = divide_up(Schedule::blocks<T>(rows, n), clusters);
             const int64_t cost = cost_of<T>(waves, k_tiles, kTileCost);
             if (cost < best.cost) best = {tile, cost};
             ++tile;
@@ -124,6 +145,7 @@ struct Menu {
         (consider(Tiles{}), ...);
         return best;
     }
+    static constexpr int kWidthCount = sizeof...(Tiles);
     // Calls `run` with the tile chosen.
     template <class Run>
     __device__ static void with(int tile, const Run &run) {
@@ -132,9 +154,19 @@ struct Menu {
     }
 };
 
-// The weight in boxes of kWeightBox rows, and of half of them.
-struct WeightMaps {
-    CUtensorMap whole, half;
+// Widths of tiles that there are, of which a kernel has the first few.
+constexpr int kMostWidths = 4;
+constexpr int kWidths[kMostWidths] = {128, 192, 160, 256};
+constexpr int index_of_width(int n) {
+    int index = 0;
+    while (kWidths[index] != n) ++index;
+    return index;
+}
+
+// a in boxes of as many rows as a tile has, and in strips; and the weight, in boxes of as many rows as a CTA copies of those of
+// a tile of each width if all tiles of a block lie below each other.
+struct Maps {
+    CUtensorMap rows, strip, weight[kMostWidths];
 };
 
 // The ring of a CTA, as addresses in shared memory: stages, and the barriers that say that one is full or empty.
@@ -142,82 +174,118 @@ struct Stages {
     uint32_t ring, full, empty;
 };
 
-// Called by all threads; `warps` is how many of them multiply a stage. The ring starts at a multiple of 1024, and is ready
-// after cluster_wait.
-__device__ inline Stages make_stages(const CUtensorMap *a_map, const WeightMaps &weight_maps, int warps) {
+// Called by all threads; `warps` is how many warps of the cluster multiply a stage. The ring starts at a multiple of 1024, and
+// is ready after cluster_wait.
+__device__ inline Stages make_stages(const Maps &maps, int warps) {
     extern __shared__ unsigned char shared[];
     __shared__ uint64_t full[kMaxStages], empty[kMaxStages];
     Stages stages{(shared_address(shared) + 1023) / 1024 * 1024, shared_address(full), shared_address(empty)};
     if (threadIdx.x == 0) {
-        prefetch_map(a_map);
-        prefetch_map(&weight_maps.whole);
-        prefetch_map(&weight_maps.half);
         for (int stage = 0; stage < kMaxStages; ++stage) {
             barrier_init(stages.full + stage * 8, 1);
-            barrier_init(stages.empty + stage * 8, warps * kCluster);
+            barrier_init(stages.empty + stage * 8, warps);
         }
         barrier_init_fence();
     }
+    if (const int warp = warp_index(); warp < sizeof(Maps) / sizeof(CUtensorMap) && elect()) prefetch_map(&maps.rows + warp);
     cluster_arrive();
     // Else they are worked out anew wherever they are used.
     asm volatile("" : "+r"(stages.ring), "+r"(stages.full), "+r"(stages.empty));
     return stages;
 }
 
-// Opens a stage, and copies the weights of the tile's columns: half of those of two tiles in the same columns, or all of a
-// tile's own.
-template <class T>
-__device__ void fill_weights(const WeightMaps &weight_maps, const Schedule &schedule, const Stages &stages,
-                             const typename T::At &at, const Schedule::Place &place, int k_tile) {
-    constexpr int kHalf = T::n / kCluster;  // columns
-    constexpr uint16_t kAll = (1 << kCluster) - 1;
-    const int rank = cluster_rank();
-    const int first_half = place.beside ? 0 : rank, last_half = place.beside ? kCluster - 1 : rank;
-    const uint16_t readers = place.beside ? 1 << rank : kAll;
-    const uint32_t weight = stages.ring + at.stage * T::kStageBytes + T::kABytes, barrier = stages.full + at.stage * 8;
-    barrier_expect(barrier, schedule.strips<T>(place.row) * kStripBytes + T::kWeightBytes);
-#pragma unroll 1
-    for (int half = first_half; half <= last_half; ++half)
+// What a CTA copies for a block of which kDown tiles lie below each other: its part of its own tile's weights, for them all,
+// and of the strips of its own tile's rows every one, or every other if a tile beside it has the same rows. What does not
+// change from stage to stage is worked out before.
+template <class T, int kDown>
+struct Share {
+    static constexpr int kAcross = T::kCluster / kDown, kStrips = T::m / kStrip, kBoxRows = T::n / T::kCluster,
+                         kMap = index_of_width(T::n);
+    static constexpr int kEveryBeside = kAcross == 1 ? 1 : 1 | 1 << kDown;
+    const Maps &maps;
+    const Stages &stages;
+    int strips, beside, a_row, weight_row;
+    uint32_t weight_at, bytes;
+    uint16_t weight_readers, a_readers;
+    __device__ Share(const Maps &all_maps, const Schedule &schedule, const Stages &all_stages, const Schedule::Place &place)
+        : maps(all_maps), stages(all_stages) {
+        const int rank = cluster_rank(), below = rank & (kDown - 1), first_weight = below * kAcross * kBoxRows;
+        strips = schedule.strips<T>(place.row), beside = (rank - below) / kDown;
+        a_row = schedule.row_start + place.row, weight_row = place.column + first_weight;
+        weight_at = stages.ring + T::kABytes + first_weight * kTileK * 2;
+        bytes = strips * kStripBytes + T::kWeightBytes;
+        weight_readers = ((1 << kDown) - 1) << (rank - below), a_readers = kEveryBeside << below;
+    }
+    // Opens a stage and copies weights.
+    __device__ void fill_weights(const typename T::At &at, int k_tile) const {
+        const uint32_t to = weight_at + at.stage * T::kStageBytes, barrier = stages.full + at.stage * 8;
+        const CUtensorMap *map = maps.weight + kMap;
+        barrier_expect(barrier, bytes);
 #pragma unroll
-        for (int box = 0; box < kHalf; box += kWeightBox)
-            copy_box_to(weight + (half * kHalf + box) * kTileK * 2,
-                        box + kWeightBox <= kHalf ? &weight_maps.whole : &weight_maps.half,
-                        place.column + half * kHalf + box, k_tile * kTileK, barrier, readers);
+        for (int box = 0; box < kAcross; ++box) {
+            const uint32_t to_box = to + box * kBoxRows * kTileK * 2;
+            if (kDown == 1)
+                copy_box(to_box, map, weight_row + box * kBoxRows, k_tile * kTileK, barrier);
+            else
+                copy_box_to(to_box, map, weight_row + box * kBoxRows, k_tile * kTileK, barrier, weight_readers);
+        }
+    }
+    __device__ void fill_rows(const typename T::At &at, int k_tile) const {
+        const uint32_t to = stages.ring + at.stage * T::kStageBytes, barrier = stages.full + at.stage * 8;
+        if (kAcross == 1 && strips == kStrips) return copy_box(to, &maps.rows, a_row, k_tile * kTileK, barrier);
+#pragma unroll
+        for (int i = 0; i < divide_up(kStrips, kAcross); ++i) {
+            const int strip = i * kAcross + beside;
+            if (strip >= strips) return;
+            if (kAcross == 1)
+                copy_box(to + strip * kStripBytes, &maps.strip, a_row + strip * kStrip, k_tile * kTileK, barrier);
+            else
+                copy_box_to(to + strip * kStripBytes, &maps.strip, a_row + strip * kStrip, k_tile * kTileK, barrier,
+                            a_readers);
+        }
+    }
+};
+
+// Calls `run` with this CTA's share of a block. Of four, no block lies in one row.
+template <class T, class Run>
+__device__ void with_share(const Maps &maps, const Schedule &schedule, const Stages &stages, const Schedule::Place &place,
+                           const Run &run) {
+    if (place.down == T::kCluster)
+        run(Share<T, T::kCluster>(maps, schedule, stages, place));
+    else
+        run(Share<T, T::kCluster / 2>(maps, schedule, stages, place));
 }
 
 // What can be copied before the kernel before this one has ended: the weights of the first stages. Returns how many.
 template <class T>
-__device__ int fill_ahead(const WeightMaps &weight_maps, const Schedule &schedule, const Stages &stages, typename T::At at,
+__device__ int fill_ahead(const Maps &maps, const Schedule &schedule, const Stages &stages, typename T::At at,
                           const Schedule::Place &place) {
     const int count = min(T::kStages, schedule.k_tiles);
+    with_share<T>(maps, schedule, stages, place, [&](const auto &share) {
 #pragma unroll 1
-    for (int k_tile = 0; k_tile < count; ++k_tile, at.next())
-        fill_weights<T>(weight_maps, schedule, stages, at, place, k_tile);
+        for (int k_tile = 0; k_tile < count; ++k_tile, at.next()) share.fill_weights(at, k_tile);
+    });
     return count;
 }
 
-// Fills the stages of a tile, one for each 64 of k: rows of a, and weights but for the first `ahead`, which have them.
+// Fills the stages of a tile, one for each 64 of k: rows, and weights but for the first `ahead` stages, which have them.
 template <class T>
-__device__ void fill_stages(const CUtensorMap *a_map, const WeightMaps &weight_maps, const Schedule &schedule,
-                            const Stages &stages, typename T::At &at, const Schedule::Place &place, int ahead) {
-    const int strips = schedule.strips<T>(place.row);
+__device__ void fill_stages(const Maps &maps, const Schedule &schedule, const Stages &stages, typename T::At &at,
+                            const Schedule::Place &place, int ahead) {
+    with_share<T>(maps, schedule, stages, place, [&](const auto &share) {
 #pragma unroll 1
-    for (int k_tile = 0; k_tile < schedule.k_tiles; ++k_tile, at.next()) {
-        const uint32_t a = stages.ring + at.stage * T::kStageBytes, barrier = stages.full + at.stage * 8;
-        if (k_tile >= ahead) {
-            // Both CTAs have read the stage, for half of what is copied goes to the other's.
-            barrier_wait(stages.empty + at.stage * 8, at.parity ^ 1);
-            fill_weights<T>(weight_maps, schedule, stages, at, place, k_tile);
+        for (int k_tile = 0; k_tile < schedule.k_tiles; ++k_tile, at.next()) {
+            if (k_tile >= ahead) {
+                // All CTAs have read the stage, for what is copied goes to others, too.
+                barrier_wait(stages.empty + at.stage * 8, at.parity ^ 1);
+                share.fill_weights(at, k_tile);
+            }
+            share.fill_rows(at, k_tile);
         }
-#pragma unroll
-        for (int strip = 0; strip < T::m / kStrip; ++strip)
-            if (strip < strips)
-                copy_box(a + strip * kStripBytes, a_map, schedule.row_start + place.row + strip * kStrip, k_tile * kTileK,
-                         barrier);
-    }
+    });
 }
 
-// The other CTA arrives here as long as it has something to read: this one's memory must be there until then.
+// Other CTAs arrive here as long as they have something to read: this one's memory must be there until then.
 template <class T>
 __device__ void wait_until_read(const Stages &stages, typename T::At &at) {
     for (int stage = 0; stage < T::kStages; ++stage, at.next()) barrier_wait(stages.empty + at.stage * 8, at.parity ^ 1);
@@ -245,52 +313,54 @@ __device__ int multiply_stages(float (&c)[kStrips][T::n / 2], const Stages &stag
                             weight + step * kDescriptorStep, k_tile + step);
         wgmma_commit();
         wgmma_wait<1>();
-        if (k_tile > 0 && lane < kCluster) barrier_arrive(stages.empty + previous * 8, lane);
+        if (k_tile > 0 && lane < T::kCluster) barrier_arrive(stages.empty + previous * 8, lane);
         previous = at.stage;
     }
     return previous;
 }
 
 // Lets stages pass that this warp has no use for.
-template <class At>
-__device__ void skip_stages(const Stages &stages, At &at, int count) {
+template <class T>
+__device__ void skip_stages(const Stages &stages, typename T::At &at, int count) {
     const int lane = threadIdx.x % 32;
 #pragma unroll 1
     for (; count > 0; --count, at.next()) {
         barrier_wait(stages.full + at.stage * 8, at.parity);
-        if (lane < kCluster) barrier_arrive(stages.empty + at.stage * 8, lane);
+        if (lane < T::kCluster) barrier_arrive(stages.empty + at.stage * 8, lane);
     }
 }
 
-__device__ inline void release_last(const Stages &stages, int last) {
+template <class T>
+__device__ void release_last(const Stages &stages, int last) {
     wgmma_wait<0>();
     const int lane = threadIdx.x % 32;
-    if (lane < kCluster) barrier_arrive(stages.empty + last * 8, lane);
+    if (lane < T::kCluster) barrier_arrive(stages.empty + last * 8, lane);
 }
 
-// Clusters that run at a time on this device.
-inline int32_t count_clusters(int *clusters) {
+// How many clusters of two run at a time on this device.
+inline int32_t count_pairs(int *clusters) {
     int multiprocessors = 0;
     const cudaError_t status = device_attribute(&multiprocessors, cudaDevAttrMultiProcessorCount);
-    *clusters = multiprocessors / kCluster;
+    *clusters = multiprocessors / 2;
     return status;
 }
 
-// Launches kernel(a_map, weight_maps, operands, choices, arguments...), in CTAs of `threads` threads and shared_bytes of shared
-// memory. a holds a_rows rows, dead ones among them.
-template <class... Parameters, class... Arguments>
-int32_t launch_gemm(void (*kernel)(CUtensorMap, WeightMaps, Operands, Choices, Parameters...), int clusters, int threads,
-                    int shared_bytes, const void *a, int a_rows, const void *weight, const Operands &operands,
-                    const Choices &choices, void *stream, Arguments... arguments) {
-    CUtensorMap a_map;
-    WeightMaps weight_maps;
-    const auto *of_weight = static_cast<const bf16 *>(weight);
-    if (const int32_t status = make_tensor_map(&a_map, static_cast<const bf16 *>(a), a_rows, operands.k, kStrip))
-        return status;
-    if (const int32_t status = make_tensor_map(&weight_maps.whole, of_weight, operands.n, operands.k, kWeightBox))
-        return status;
-    if (const int32_t status = make_tensor_map(&weight_maps.half, of_weight, operands.n, operands.k, kWeightBox / 2))
-        return status;
-    return launch_overlapping(kernel, clusters * kCluster, threads, shared_bytes, stream, a_map, weight_maps, operands,
-                              choices, arguments...);
+// Launches kernel(maps, operands, choices, arguments...), in so many CTAs of `threads` threads and shared_bytes of shared
+// memory, for tiles of T's rows and of the first kWidthCount widths. a holds a_rows rows, dead ones among them.
+template <class T, int kWidthCount, class... Parameters, class... Arguments>
+int32_t launch_gemm(void (*kernel)(Maps, Operands, Choices, Parameters...), int ctas, int threads, int shared_bytes,
+                    const void *a, int a_rows, const void *weight, const Operands &operands, const Choices &choices,
+                    void *stream, Arguments... arguments) {
+    Maps maps;
+    const auto *of_a = static_cast<const bf16 *>(a), *of_weight = static_cast<const bf16 *>(weight);
+    if (const int32_t status = make_tensor_map(&maps.rows, of_a, a_rows, operands.k, T::m)) return status;
+    if (const int32_t status = make_tensor_map(&maps.strip, of_a, a_rows, operands.k, kStrip)) return status;
+    for (int i = 0; i < kMostWidths; ++i) {
+        if (i >= kWidthCount)
+            maps.weight[i] = maps.weight[0];
+        else if (const int32_t status =
+                     make_tensor_map(&maps.weight[i], of_weight, operands.n, operands.k, kWidths[i] / T::kCluster))
+            return status;
+    }
+    return launch_overlapping(kernel, ctas, threads, shared_bytes, stream, maps, operands, choices, arguments...);
 }

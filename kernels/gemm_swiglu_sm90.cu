@@ -1,5 +1,5 @@
-// out = silu(gate) * up of norm(a) w^T on Hopper. The two warpgroups that multiply take whole tiles in turns, so that one stores
-// while the other multiplies: what pays for a layer of many tiles and a long epilogue.
+// out = silu(gate) * up of norm(a) w^T on Hopper. The two warpgroups that multiply take whole tiles in turns, so that one
+// stores while the other multiplies: what pays for a layer of many tiles and a long epilogue.
 #include <type_traits>
 
 #include "gemm_sm90.cuh"
@@ -7,14 +7,14 @@
 
 namespace {
 
-constexpr int kThreads = 384;
+constexpr int kThreads = 384, kCluster = 2;
 constexpr int kRingBytes = 200 * 1024, kSharedBytes = kRingBytes + 1024;
 // Tiles of 192 columns ask less of the L2 cache, tiles of 128 share the last of the work out better: the columns on the left go
 // by the former, the others by the latter. A bias takes registers that sums of wide tiles have not.
 template <bool kBias>
 using Wide = Tile<128, kBias ? 128 : 192, kRingBytes>;
 template <bool kBias>
-using Narrow = Tile<128, 128, kRingBytes, Wide<kBias>::n>;
+using Narrow = Tile<128, 128, kRingBytes, kCluster, Wide<kBias>::n>;
 
 // The pairs of tiles of all clusters: wide ones, then narrow ones of the columns from first_narrow on.
 template <bool kBias>
@@ -25,8 +25,8 @@ struct Parts {
     int first_narrow, wide, all;
     __host__ __device__ Parts(int rows, int n, int choice)
         : first_narrow(choice * kStep < n ? choice * kStep : n),
-          wide(Schedule::pairs<W>(rows, first_narrow)),
-          all(wide + Schedule::pairs<N>(rows, n - first_narrow)) {}
+          wide(Schedule::blocks<W>(rows, first_narrow)),
+          all(wide + Schedule::blocks<N>(rows, n - first_narrow)) {}
     template <bool kNarrow>
     __device__ Schedule::Place place(const Schedule &schedule, int pair) const {
         return kNarrow ? schedule.place<N>(pair - wide, first_narrow) : schedule.place<W>(pair);
@@ -93,15 +93,15 @@ __device__ void consume(const Operands &operands, const RowNorm &norm, const Swi
                         typename Wide<kBias>::At &at, int &pair) {
     using T = std::conditional_t<kNarrow, Narrow<kBias>, Wide<kBias>>;
     constexpr int kStrips = 2;  // of 64 rows
-    const int warp = threadIdx.x / 32 - 4, group = warp / 4, lane = threadIdx.x % 32;
-    for (; pair < (kNarrow ? parts.all : parts.wide); pair += 2 * schedule.clusters(), at.skip(schedule.k_tiles)) {
+    const int warp = warp_index() - 4, group = warp / 4, lane = threadIdx.x % 32;
+    for (; pair < (kNarrow ? parts.all : parts.wide); pair += 2 * schedule.clusters<kCluster>(), at.skip(schedule.k_tiles)) {
         // A barrier tells one phase from the next, not from the one after that: stages may be waited for only when all
         // before them are there.
-        if (pair >= schedule.clusters()) wait_for_turn(1 + group);
+        if (pair >= schedule.clusters<kCluster>()) wait_for_turn(1 + group);
         float c[kStrips][T::n / 2];
         const int last = multiply_stages<T>(c, stages, at, 0, schedule.k_tiles);
-        if (pair + schedule.clusters() < parts.all) give_turn(2 - group);
-        release_last(stages, last);
+        if (pair + schedule.clusters<kCluster>() < parts.all) give_turn(2 - group);
+        release_last<T>(stages, last);
         const auto place = parts.template place<kNarrow>(schedule, pair);
         const int row = place.row + warp % 4 * 16 + lane / 4;
 #pragma unroll
@@ -117,37 +117,38 @@ __device__ void consume(const Operands &operands, const RowNorm &norm, const Swi
 
 template <bool kBias>
 __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
-    gemm_swiglu_sm90_kernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ WeightMaps weight_maps,
-                            const Operands operands, const __grid_constant__ Choices choices, const RowNorm norm,
-                            const SwiGlu epilogue, const bf16 *bias) {
+    gemm_swiglu_sm90_kernel(const __grid_constant__ Maps maps, const Operands operands,
+                            const __grid_constant__ Choices choices, const RowNorm norm, const SwiGlu epilogue,
+                            const bf16 *bias) {
     start_next();
     const Schedule schedule(operands);
-    const Stages stages = make_stages(&a_map, weight_maps, 4);
+    const Stages stages = make_stages(maps, 4 * kCluster);
     const Parts<kBias> parts(schedule.rows, schedule.n, choices.of(schedule.rows));
     cluster_wait();
     typename Wide<kBias>::At at;
-    int pair = schedule.cluster();
+    int pair = schedule.cluster<kCluster>();
     // The roles are the two branches of one condition: what setmaxnreg asks for.
-    if (threadIdx.x < 128) {
+    const int warp = warp_index();
+    if (warp < 4) {
         give_registers<40>();
-        if (threadIdx.x == 0) {
+        if (warp == 0 && elect()) {
             int ahead = 0;
             if (pair < parts.wide)
-                ahead = fill_ahead<Wide<kBias>>(weight_maps, schedule, stages, at,
+                ahead = fill_ahead<Wide<kBias>>(maps, schedule, stages, at,
                                                 parts.template place<false>(schedule, pair));
             wait_for_previous();
-            for (; pair < parts.wide; pair += schedule.clusters(), ahead = 0)
-                fill_stages<Wide<kBias>>(&a_map, weight_maps, schedule, stages, at,
+            for (; pair < parts.wide; pair += schedule.clusters<kCluster>(), ahead = 0)
+                fill_stages<Wide<kBias>>(maps, schedule, stages, at,
                                          parts.template place<false>(schedule, pair), ahead);
-            for (; pair < parts.all; pair += schedule.clusters())
-                fill_stages<Narrow<kBias>>(&a_map, weight_maps, schedule, stages, at,
+            for (; pair < parts.all; pair += schedule.clusters<kCluster>())
+                fill_stages<Narrow<kBias>>(maps, schedule, stages, at,
                                            parts.template place<true>(schedule, pair), 0);
             wait_until_read<Wide<kBias>>(stages, at);
         }
     } else {
         take_registers<232>();
         wait_for_previous();
-        if (threadIdx.x >= 256) pair += schedule.clusters(), at.skip(schedule.k_tiles);
+        if (warp >= 8) pair += schedule.clusters<kCluster>(), at.skip(schedule.k_tiles);
         consume<false, kBias>(operands, norm, epilogue, bias, schedule, parts, stages, at, pair);
         consume<true, kBias>(operands, norm, epilogue, bias, schedule, parts, stages, at, pair);
     }
@@ -161,13 +162,15 @@ extern "C" int32_t gleaner_gemm_sm90_swiglu(void *out, const void *a, const floa
     const RowNorm norm = row_norm(squares, k, eps);
     const SwiGlu epilogue{static_cast<bf16 *>(out), n / 2};
     int clusters;
-    if (const int32_t status = count_clusters(&clusters)) return status;
+    if (const int32_t status = count_pairs(&clusters)) return status;
     const auto with = [&](auto with_bias) {
         constexpr bool kBias = decltype(with_bias)::value;
+        constexpr int kWidthCount = kBias ? 1 : 2;
         const auto choose = [&](int rows) { return Parts<kBias>::choose(rows, n, divide_up(k, kTileK), clusters); };
-        return launch_gemm(gemm_swiglu_sm90_kernel<kBias>, clusters, kThreads, kSharedBytes, a, max_rows, weight,
-                           {rows, nullptr, n, k}, choices(choose), stream, norm, epilogue,
-                           static_cast<const bf16 *>(bias));
+        return launch_gemm<Wide<kBias>, kWidthCount>(gemm_swiglu_sm90_kernel<kBias>, clusters * kCluster, kThreads,
+                                                     kSharedBytes, a, max_rows, weight, {rows, nullptr, n, k},
+                                                     choices(max_rows, choose), stream, norm, epilogue,
+                                                     static_cast<const bf16 *>(bias));
     };
     return bias ? with(std::true_type{}) : with(std::false_type{});
 }

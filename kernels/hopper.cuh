@@ -18,21 +18,33 @@ __device__ inline int divide_fast(int a, int b) {
 // the box must start at a multiple of 1024. What a box has beyond the matrix is filled with zeros.
 constexpr int kBoxColumns = 64;
 
+// The driver's function that describes a matrix to the copy engine, looked up once.
+inline int32_t find_encoder(decltype(&cuTensorMapEncodeTiled) *encode) {
+    struct Found {
+        void *function = nullptr;
+        int32_t status;
+        Found() {
+            cudaDriverEntryPointQueryResult result;
+            status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+            if (status == cudaSuccess && result != cudaDriverEntryPointSuccess) status = cudaErrorSymbolNotFound;
+        }
+    };
+    static const Found found;
+    *encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found.function);
+    return found.status;
+}
+
 template <class T>
 int32_t make_tensor_map(CUtensorMap *map, const T *matrix, uint64_t rows, uint64_t columns, uint32_t box_rows) {
     constexpr bool kFloat = sizeof(T) == sizeof(float);
-    void *encode = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    const cudaError_t status =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found);
-    if (status != cudaSuccess) return status;
-    if (found != cudaDriverEntryPointSuccess) return cudaErrorSymbolNotFound;
+    decltype(&cuTensorMapEncodeTiled) encode;
+    if (const int32_t status = find_encoder(&encode)) return status;
     const cuuint64_t sizes[2] = {columns, rows}, strides[1] = {columns * sizeof(T)};
     const cuuint32_t box[2] = {128 / sizeof(T), box_rows}, steps[2] = {1, 1};
-    const CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(encode)(
-        map, kFloat ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<T *>(matrix), sizes,
-        strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult result =
+        encode(map, kFloat ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<T *>(matrix),
+               sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -102,6 +114,17 @@ __device__ inline uint32_t cluster_rank() {
 // more: a promise about all memory would cost a wait.
 __device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
+// This thread's warp, taken from one lane, for the compiler to see that a warp branches as one.
+__device__ inline int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
+
+// True for one thread of a warp, all of which ask. A compiler that sees copies behind this condition knows that one thread asks
+// for them; behind another it makes each of them a loop over threads.
+__device__ inline bool elect() {
+    uint32_t elected;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
+    return elected;
+}
 
 // Copies the box whose first element is (row, column).
 __device__ inline void copy_box(uint32_t to, const CUtensorMap *map, int row, int column, uint32_t barrier) {

@@ -91,7 +91,16 @@ fn attention_of_later_rows_alone() {
         if portable {
             gpu.device.run_portable_kernels();
         }
-        for heads in [(6, 2, 64, 0), (4, 2, 128, 0), (4, 2, 64, 300), (14, 2, 64, 0), (36, 4, 64, 0)] {
+        let shapes = [
+            (6, 2, 64, 0),
+            (4, 2, 128, 0),
+            (4, 2, 64, 300),
+            (4, 2, 128, 300),
+            (14, 2, 64, 0),
+            (36, 4, 64, 0),
+            (36, 4, 64, 300),
+        ];
+        for heads in shapes {
             let (q, kv, dim, window) = heads;
             let heads = Heads { q, kv, dim, window };
             for rows in [129, 1000, 1894] {

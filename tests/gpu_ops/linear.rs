@@ -255,15 +255,17 @@ fn gemm_at_reading_lengths() {
     });
 }
 
-/// Steps so long that Hopper's kernels take tiles of 192 rows or 256 columns, and longer than the host chooses tiles for;
-/// short sums, for the reference's sake.
+/// Shapes for which Hopper's kernels take every tile that they have, in clusters of two and of four, and a step longer than the
+/// host chooses tiles for; short sums, for the reference's sake.
 #[test]
 #[ignore = "needs a GPU"]
-fn gemm_at_long_steps() {
-    with_all_kernels("gemm at long steps", |gpu| {
+fn gemm_by_every_tile() {
+    with_all_kernels("gemm by every tile", |gpu| {
         let mut worst = 0.0f64;
-        for rows in [2900, 3400, 3900, 4100] {
-            worst = worst.max(residual(gpu, rows, (896, 72), true));
+        for rows in [1894, 2561, 2900, 3400, 3900, 4100] {
+            for n in [896, 1024, 1152] {
+                worst = worst.max(residual(gpu, rows, (n, 72), true));
+            }
             for n in [1024, 1152] {
                 worst = worst.max(rope(gpu, rows, [0; 3], 64, n, 72));
             }
