@@ -215,7 +215,7 @@ __device__ inline QuadSums quad_sums(uint32_t staged, int i, float factor, const
 // head_dim].
 struct RotateHeads {
     using TilesOfTwo = Menu<kTileCost, Two::Of<128>, Two::Of<192>, Two::Of<160>, Two::Of<256>>;
-    using TilesInFours = void;  // such layers have more columns than a wave of them takes
+    using TilesInFours = void;  // not measured for these layers, which have more columns
     using TilesOfThree = Menu<kTileCost, Three::Of<128>, Three::Of<192>, Three::Of<160>>;
     bf16 *out;
     const bf16 *bias;

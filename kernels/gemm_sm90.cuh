@@ -15,14 +15,14 @@
 // one started, and asks for weights, as many as the ring has stages for.
 //
 // Rows of a beyond the live count may hold anything: a row of a touches its own row of the product alone. Strips of 64 rows
-// without a live row are neither fetched nor multiplied.
+// without a live row are not fetched; gate and up multiplies what lies in their place, the others do not.
 #pragma once
 
 #include "epilogue.cuh"
 #include "hopper.cuh"
 
 constexpr int kTileK = kBoxColumns;
-constexpr int kStrip = 64;   // rows that a warpgroup multiplies at once, and of a in a copy
+constexpr int kStrip = 64;  // rows that a warpgroup multiplies at once
 constexpr int kStripBytes = kStrip * kTileK * 2;
 
 // A tile of the output, the CTAs of a cluster, which take such tiles together, and the ring of stages, each with room for
@@ -72,9 +72,9 @@ struct Schedule {
     }
     template <class T>
     __host__ __device__ static int blocks(int rows, int n) {
-        const int down = divide_up(rows, T::m), across = divide_up(n, T::n);
-        const int of_two_columns = T::kCluster == 2 ? down : divide_up(down, 2);
-        return across / 2 * of_two_columns + across % 2 * divide_up(down, T::kCluster);
+        const int tile_rows = divide_up(rows, T::m), across = divide_up(n, T::n);
+        const int of_two_columns = T::kCluster == 2 ? tile_rows : divide_up(tile_rows, 2);
+        return across / 2 * of_two_columns + across % 2 * divide_up(tile_rows, T::kCluster);
     }
     template <class T>
     __device__ int blocks() const {
@@ -83,15 +83,15 @@ struct Schedule {
     // Of the columns from first_column on, the block of this number.
     template <class T>
     __device__ Place place(int block, int first_column = 0) const {
-        const int down = divide_up(rows, T::m), rank = cluster_rank();
+        const int tile_rows = divide_up(rows, T::m), rank = cluster_rank();
         if constexpr (T::kCluster == 2) {
-            const int left = divide_fast(block, down) * 2;
-            const int odd = down % 2, in_columns = block - left / 2 * down - odd;
-            if (in_columns < 0) return {(down - 1) * T::m, first_column + (left + rank) * T::n, 1};
-            const int right = in_columns >= down / 2;
-            return {((in_columns - right * (down / 2)) * 2 + rank) * T::m, first_column + (left + right) * T::n, 2};
+            const int left = divide_fast(block, tile_rows) * 2;
+            const int odd = tile_rows % 2, in_columns = block - left / 2 * tile_rows - odd;
+            if (in_columns < 0) return {(tile_rows - 1) * T::m, first_column + (left + rank) * T::n, 1};
+            const int right = in_columns >= tile_rows / 2;
+            return {((in_columns - right * (tile_rows / 2)) * 2 + rank) * T::m, first_column + (left + right) * T::n, 2};
         } else {
-            const int squares = divide_up(down, 2), left = divide_fast(block, squares) * 2;
+            const int squares = divide_up(tile_rows, 2), left = divide_fast(block, squares) * 2;
             const int in_columns = block - left / 2 * squares;
             if (first_column + (left + 1) * T::n >= n) return {(in_columns * 4 + rank) * T::m, first_column + left * T::n, 4};
             return {(in_columns * 2 + rank % 2) * T::m, first_column + (left + rank / 2) * T::n, 2};
@@ -103,6 +103,15 @@ struct Schedule {
         return min(max(divide_up(rows - row, kStrip), 0), T::m / kStrip);
     }
 };
+
+// Widths of tiles that there are, of which a kernel has the first few.
+constexpr int kMostWidths = 4;
+constexpr int kWidths[kMostWidths] = {128, 192, 160, 256};
+constexpr int index_of_width(int n) {
+    int index = 0;
+    while (kWidths[index] != n) ++index;
+    return index;
+}
 
 // What the host has chosen for each number of live strips of 64 rows, up to that of max_rows; beyond the last, as for the last.
 struct Choices {
@@ -124,7 +133,8 @@ int64_t cost_of(int tiles, int k_tiles, int on_top) {
     return tiles * (static_cast<int64_t>(k_tiles) * (T::m * T::n / 128) + on_top);
 }
 
-// The tiles that a kernel has code for. One costs kTileCost on top.
+// The tiles that a kernel has code for, of the first widths that there are, for each of which Maps has one. A tile costs
+// kTileCost on top.
 template <int kTileCost, class... Tiles>
 struct Menu {
     // Which tile costs least, and what.
@@ -146,6 +156,7 @@ struct Menu {
         return best;
     }
     static constexpr int kWidthCount = sizeof...(Tiles);
+    static_assert(((index_of_width(Tiles::n) < kWidthCount) && ...));
     // Calls `run` with the tile chosen.
     template <class Run>
     __device__ static void with(int tile, const Run &run) {
@@ -153,15 +164,6 @@ struct Menu {
         ((tile == index++ && (run(Tiles{}), true)) || ...);
     }
 };
-
-// Widths of tiles that there are, of which a kernel has the first few.
-constexpr int kMostWidths = 4;
-constexpr int kWidths[kMostWidths] = {128, 192, 160, 256};
-constexpr int index_of_width(int n) {
-    int index = 0;
-    while (kWidths[index] != n) ++index;
-    return index;
-}
 
 // a in boxes of as many rows as a tile has, and in strips; and the weight, in boxes of as many rows as a CTA copies of those of
 // a tile of each width if all tiles of a block lie below each other.
