@@ -30,7 +30,7 @@ constexpr int kTileCost = 400;  // as Menu takes it
 struct Two {
     static constexpr int kGroups = 2, kCluster = 2, kRingBytes = 200 * 1024, kRegisters = 232, kCopyRegisters = 40;
     template <int kColumns>
-    using Of = Tile<128, kColumns, kRingBytes>;
+    using Of = Tile<128, kColumns, kRingBytes, kCluster>;
     template <class Epilogue>
     using Tiles = typename Epilogue::TilesOfTwo;
 };
@@ -45,7 +45,7 @@ struct InFours {
 struct Three {
     static constexpr int kGroups = 3, kCluster = 2, kRingBytes = 192 * 1024, kRegisters = 160, kCopyRegisters = 32;
     template <int kColumns>
-    using Of = Tile<192, kColumns, kRingBytes>;
+    using Of = Tile<192, kColumns, kRingBytes, kCluster>;
     template <class Epilogue>
     using Tiles = typename Epilogue::TilesOfThree;
 };

@@ -6,7 +6,7 @@
 // weight. The others multiply, 64 rows each, and hold the next stage in flight while they wait for the one before.
 //
 // Both must be quick about it: a stage is multiplied in 500 to 1000 clocks. What is the same for all lanes of a warp has to be
-// known to the compiler as such, or it goes through registers of each lane, which took more time than the products.
+// known to the compiler as such, or it goes through registers of each lane, which took about as long as the products.
 //
 // Large tiles move fewer bytes a product, small ones fill the last wave better. Which costs least depends on the number of live
 // rows, which the device alone knows: the host works it out for all that may be, and the device looks it up.
@@ -27,7 +27,7 @@ constexpr int kStripBytes = kStrip * kTileK * 2;
 
 // A tile of the output, the CTAs of a cluster, which take such tiles together, and the ring of stages, each with room for
 // kStageColumns columns.
-template <int kRows, int kColumns, int kRingBytes, int kCtas = 2, int kStageColumns = kColumns>
+template <int kRows, int kColumns, int kRingBytes, int kCtas, int kStageColumns = kColumns>
 struct Tile {
     static constexpr int m = kRows, n = kColumns, kCluster = kCtas;
     static constexpr int kABytes = m * kTileK * 2, kWeightBytes = n * kTileK * 2;
@@ -133,8 +133,8 @@ int64_t cost_of(int tiles, int k_tiles, int on_top) {
     return tiles * (static_cast<int64_t>(k_tiles) * (T::m * T::n / 128) + on_top);
 }
 
-// The tiles that a kernel has code for, of the first widths that there are, for each of which Maps has one. A tile costs
-// kTileCost on top.
+// The tiles that a kernel has code for. Their widths are the first of those that there are, for the kernel's Maps are made for
+// these alone. A tile costs kTileCost on top.
 template <int kTileCost, class... Tiles>
 struct Menu {
     // Which tile costs least, and what.
@@ -203,7 +203,7 @@ template <class T, int kDown>
 struct Share {
     static constexpr int kAcross = T::kCluster / kDown, kStrips = T::m / kStrip, kBoxRows = T::n / T::kCluster,
                          kMap = index_of_width(T::n);
-    static constexpr int kEveryBeside = kAcross == 1 ? 1 : 1 | 1 << kDown;
+    static constexpr int kFirstRow = kAcross == 1 ? 1 : 1 | 1 << kDown;  // a bit for each CTA of the block's first row
     const Maps &maps;
     const Stages &stages;
     int strips, beside, a_row, weight_row;
@@ -216,7 +216,7 @@ struct Share {
         a_row = schedule.row_start + place.row, weight_row = place.column + first_weight;
         weight_at = stages.ring + T::kABytes + first_weight * kTileK * 2;
         bytes = strips * kStripBytes + T::kWeightBytes;
-        weight_readers = ((1 << kDown) - 1) << (rank - below), a_readers = kEveryBeside << below;
+        weight_readers = ((1 << kDown) - 1) << (rank - below), a_readers = kFirstRow << below;
     }
     // Opens a stage and copies weights.
     __device__ void fill_weights(const typename T::At &at, int k_tile) const {

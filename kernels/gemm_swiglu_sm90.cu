@@ -12,7 +12,7 @@ constexpr int kRingBytes = 200 * 1024, kSharedBytes = kRingBytes + 1024;
 // Tiles of 192 columns ask less of the L2 cache, tiles of 128 share the last of the work out better: the columns on the left go
 // by the former, the others by the latter. A bias takes registers that sums of wide tiles have not.
 template <bool kBias>
-using Wide = Tile<128, kBias ? 128 : 192, kRingBytes>;
+using Wide = Tile<128, kBias ? 128 : 192, kRingBytes, kCluster>;
 template <bool kBias>
 using Narrow = Tile<128, 128, kRingBytes, kCluster, Wide<kBias>::n>;
 
