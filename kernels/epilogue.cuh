@@ -16,18 +16,30 @@ struct RowNorm {
     int slots;
     float width, eps;
 
-    // Of one row, which the four lanes of a quad ask for together.
-    __device__ float factor(int row) const {
-        const auto *at = reinterpret_cast<const float4 *>(squares + static_cast<size_t>(row) * slots) + threadIdx.x % 4;
-        float sum = 0.f;
-#pragma unroll 2
-        for (int i = 0; i < slots / 16; ++i) {
-            const float4 part = __ldcg(at + i * 4);
-            sum += part.x + part.y + (part.z + part.w);
+    // Of so many rows, which the four lanes of a quad ask for together. What one row asked for after another would take the
+    // latency of memory for each.
+    template <int kRows>
+    __device__ void factors(float (&of)[kRows], const int (&rows)[kRows]) const {
+        const float4 *at[kRows];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            at[i] = reinterpret_cast<const float4 *>(squares + static_cast<size_t>(rows[i]) * slots) + threadIdx.x % 4;
+            of[i] = 0.f;
         }
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        return rsqrtf(sum / width + eps);
+#pragma unroll 2
+        for (int slot = 0; slot < slots / 16; ++slot) {
+            float4 parts[kRows];
+#pragma unroll
+            for (int i = 0; i < kRows; ++i) parts[i] = __ldcg(at[i] + slot * 4);
+#pragma unroll
+            for (int i = 0; i < kRows; ++i) of[i] += parts[i].x + parts[i].y + (parts[i].z + parts[i].w);
+        }
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            of[i] += __shfl_xor_sync(0xffffffffu, of[i], 1);
+            of[i] += __shfl_xor_sync(0xffffffffu, of[i], 2);
+            of[i] = rsqrtf(of[i] / width + eps);
+        }
     }
 };
 

@@ -97,9 +97,12 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(Operands operands, Ep
     constexpr bool kResidual = std::is_same_v<Epilogue, Residual>;
     auto row_of = [&](int i) { return m0 + warp_m + i * 8 + lane / 4; };
     [[maybe_unused]] float factors[kRows], squares[kRows] = {};
-    if constexpr (!kResidual)
+    if constexpr (!kResidual) {
+        int of[kRows];
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) factors[i] = operands.norm.factor(row_start + min(row_of(i), rows - 1));
+        for (int i = 0; i < kRows; ++i) of[i] = row_start + min(row_of(i), rows - 1);
+        operands.norm.factors(factors, of);
+    }
 #pragma unroll
     for (int j = 0; j < kFragmentsN; j += 2) {
         const int column = n0 + warp_n + j * 8 + lane % 4 * 2;

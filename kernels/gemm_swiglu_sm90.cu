@@ -107,8 +107,9 @@ __device__ void consume(const Operands &operands, const RowNorm &norm, const Swi
 #pragma unroll
         for (int strip = 0; strip < kStrips; ++strip) {
             const int first = row + strip * 64;
-            const float factors[2] = {norm.factor(min(first, schedule.rows - 1)),
-                                      norm.factor(min(first + 8, schedule.rows - 1))};
+            const int rows[2] = {min(first, schedule.rows - 1), min(first + 8, schedule.rows - 1)};
+            float factors[2];
+            norm.factors(factors, rows);
             wgmma_results(c[strip]);
             finish<T::n, kBias>(operands, epilogue, bias, c[strip], factors, first, schedule.rows, place.column);
         }

@@ -117,6 +117,15 @@ fn wrong_shapes_are_errors() {
         .gemm_rope(&mut out, Normed { residual: &stream, eps: EPS }, &linear, rotation, rows(2), Starts::default())
         .unwrap_err();
     assert!(error.to_string().contains("too few positions"), "{error}");
+    for (head_dim, n) in [(16, 32), (256, 256)] {
+        let ((linear, ..), mut out) = (gpu.linear(n, 8, true), gpu.upload(&vec![bf16::ZERO; n]));
+        let rotation = Rotation { table: &gpu.upload(&[0.0f32; 256]), head_dim, columns: 0 };
+        let error = gpu
+            .device
+            .gemm_rope(&mut out, Normed { residual: &stream, eps: EPS }, &linear, rotation, rows(1), Starts::default())
+            .unwrap_err();
+        assert!(error.to_string().contains("heads must be 32 to 128 wide"), "{error}");
+    }
     let heads = Heads { q: 3, kv: 2, dim: 64, window: 0 };
     assert!(gpu.device.attention(&mut out, &x, heads, rows(1), None).is_err());
     let error = gpu.device.upload_into("a copy", &[bf16::ZERO; 65], &mut out).unwrap_err();

@@ -398,8 +398,8 @@ impl CudaDevice {
             "a buffer is smaller than its rows",
         )?;
         check_rotation(&op, rotation, linear.n, rows.max)?;
-        // The kernels bring the table whether or not they rotate, 32 columns at a time.
-        require(rotation.head_dim >= 32, op, "heads must be at least 32 wide")?;
+        // The kernels bring the table whether or not they rotate, 32 columns at a time and at most four times.
+        require((32..=128).contains(&rotation.head_dim), op, "heads must be 32 to 128 wide")?;
         let positions = (rotation.table.len() / rotation.head_dim).min(MAX_ROWS);
         require(positions >= rows.max, op, "the table has too few positions")?;
         let count = self.count(rows)?;
