@@ -16,8 +16,8 @@ struct RowNorm {
     int slots;
     float width, eps;
 
-    // Of so many rows, which the four lanes of a quad ask for together. What one row asked for after another would take the
-    // latency of memory for each.
+    // Computes those of so many rows, which the four lanes of a quad ask for together. Rows are asked for at once: one after
+    // another, each would take the latency of memory.
     template <int kRows>
     __device__ void factors(float (&of)[kRows], const int (&rows)[kRows]) const {
         const float4 *at[kRows];

@@ -1,6 +1,9 @@
-// What becomes of the sums of the linear layers on Hopper but gate and up. An epilogue is for the 16 rows of a warp from `row`
-// on, of which each thread has some: `staged` is where the sums of a chunk of columns lie, `side` where what belongs to them
-// does, of a matrix of fp32 that comes in boxes of a chunk's columns. Columns from `end` on are nobody's.
+// The epilogues of the linear layers on Hopper but gate and up: what becomes of their sums. An epilogue is for the 16 rows of
+// a warp from `row` on, of which each thread has some. `staged` is where the sums of a chunk of columns lie, and `side` where
+// what belongs to them does: of a matrix of fp32, in boxes of a chunk's columns. Columns from `end` on are nobody's.
+//
+// For a tile of so many chunks an epilogue wants so many `boxes`, the rows of that matrix from side_row on, each the columns
+// from side_column on; box_of is the one that a chunk reads. If kBoxPerChunk, chunk i reads box i alone, which may go then.
 #pragma once
 
 #include "gemm_sm90.cuh"

@@ -74,7 +74,7 @@ __device__ void release_stages(const Stages &stages, typename T::At &at, int cou
 }
 
 // Stores a tile's columns of the 16 rows that this warp has summed up. Boxes that are read more than once are all there before
-// the first is, and are kept to the end.
+// the first is read, and are kept to the end.
 template <class T, class Epilogue>
 __device__ void finish(const Epilogue &epilogue, const float (&c)[T::n / 2], const Stages &stages, uint32_t staged,
                        typename T::At &at, int row, int tile_column, typename Epilogue::OfTile &of_tile,
@@ -231,7 +231,7 @@ int32_t launch(const void *a, int a_rows, const void *weight, const Operands &op
     const int64_t of_two = cost(Two{}, clusters), of_three = cost(Three{}, clusters);
     int in_fours;
     if (const int32_t status = count_fours<Epilogue>(&in_fours)) return status;
-    // What they save in copies is worth a sixteenth at least, by measurement.
+    // What they save in copies is worth a sixteenth at least, by measurement of o and down.
     if (in_fours > 0 && cost(InFours{}, in_fours) * 15 / 16 < std::min(of_two, of_three))
         return with(InFours{}, in_fours);
     return of_three < of_two ? with(Three{}, clusters) : with(Two{}, clusters);

@@ -51,7 +51,7 @@ typedef struct {
 
 // out [starts.out..] = norm(a)[starts.a..] weight^T + bias, a and squares as above, the heads in the columns below
 // rope_columns rotated by their position, starts.position + row. Dimensions of such heads come as 8 of the lower half, 8 of
-// the upper, and so on, in weight, bias and out; head_dim is a power of two, at least 32. table: float2 (cosine, sine)
+// the upper, and so on, in weight, bias and out; head_dim is 32, 64 or 128. table: float2 (cosine, sine)
 // [positions, head_dim / 2].
 int32_t gleaner_gemm_rope(void *out, const void *a, const float *squares, const void *weight, const void *bias,
                           const void *table, const int32_t *rows, GleanerStarts starts, int32_t max_rows, int32_t n,

@@ -265,9 +265,9 @@ fn gemm_by_every_tile() {
         for rows in [1894, 2561, 2900, 3400, 3900, 4100] {
             for n in [896, 1024, 1152] {
                 worst = worst.max(residual(gpu, rows, (n, 72), true));
-            }
-            for (head_dim, n) in [(64, 1024), (64, 1152), (128, 1024), (32, 1152)] {
-                worst = worst.max(rope(gpu, rows, [0; 3], head_dim, n, 72));
+                for head_dim in [32, 64, 128] {
+                    worst = worst.max(rope(gpu, rows, [0; 3], head_dim, n, 72));
+                }
             }
         }
         worst = worst.max(residual(gpu, 8300, (272, 72), false));

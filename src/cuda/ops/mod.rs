@@ -377,7 +377,7 @@ impl CudaDevice {
     /// `starts.position` and on. Input, table and output hold the rows from these on.
     ///
     /// # Errors
-    /// As [`CudaDevice::embed`].
+    /// As [`CudaDevice::embed`]; heads must be 32, 64 or 128 wide.
     pub fn gemm_rope(
         &self,
         out: &mut CudaSlice<bf16>,
@@ -398,7 +398,8 @@ impl CudaDevice {
             "a buffer is smaller than its rows",
         )?;
         check_rotation(&op, rotation, linear.n, rows.max)?;
-        // The kernels bring the table whether or not they rotate, 32 columns at a time and at most four times.
+        // Hopper's kernel brings the table whether or not it rotates, 32 columns at a time and at most four times; attention
+        // knows no wider heads on any GPU.
         require((32..=128).contains(&rotation.head_dim), op, "heads must be 32 to 128 wide")?;
         let positions = (rotation.table.len() / rotation.head_dim).min(MAX_ROWS);
         require(positions >= rows.max, op, "the table has too few positions")?;
