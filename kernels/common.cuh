@@ -63,6 +63,13 @@ __device__ inline float exp2_fast(float x) {
     return y;
 }
 
+// 1 / x, off by 2^-23 at most, and zero where it would be subnormal.
+__device__ inline float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // Two bf16 as one register. The lower address is the lower half.
 __device__ inline uint32_t pack(float low, float high) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);

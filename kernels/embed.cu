@@ -1,14 +1,13 @@
 // The embedding of a prompt: the residual stream's beginning. One CTA a row, eight columns a thread.
-#include "common.cuh"
 #include "kernels.h"
+#include "stream.cuh"
 
 namespace {
 
 constexpr int kThreads = 128;
 
 struct Stream {
-    float4 *x;
-    uint4 *scaled;
+    uint4 *scaled, *rest;
     float *squares;
     int slots;
 };
@@ -24,18 +23,15 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = threadIdx.x; i < vectors; i += kThreads) {
         const uint4 row = embedding[from + i], weights = norm[i];
         const uint32_t values[4] = {row.x, row.y, row.z, row.w}, factors[4] = {weights.x, weights.y, weights.z, weights.w};
-        float2 x[4];
-        uint32_t scaled[4];
+        uint32_t scaled[4], rest[4];
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
-            const float2 factor = unpack(factors[w]);
-            x[w] = unpack(values[w]);
-            sum += x[w].x * x[w].x + x[w].y * x[w].y;
-            scaled[w] = pack(x[w].x * factor.x, x[w].y * factor.y);
+            const float2 x = unpack(values[w]), factor = unpack(stream_weights(factors[w]));
+            sum += x.x * x.x + x.y * x.y;
+            split_pair(x.x * factor.x, x.y * factor.y, scaled[w], rest[w]);
         }
-        stream.x[(to + i) * 2] = {x[0].x, x[0].y, x[1].x, x[1].y};
-        stream.x[(to + i) * 2 + 1] = {x[2].x, x[2].y, x[3].x, x[3].y};
         stream.scaled[to + i] = {scaled[0], scaled[1], scaled[2], scaled[3]};
+        stream.rest[to + i] = {rest[0], rest[1], rest[2], rest[3]};
     }
     for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
     if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = sum;
@@ -48,10 +44,10 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-extern "C" int32_t gleaner_embed(float *x, void *scaled, float *squares, const uint32_t *prompt, const void *embedding,
+extern "C" int32_t gleaner_embed(void *scaled, void *rest, float *squares, const uint32_t *prompt, const void *embedding,
                                  const void *norm, const int32_t *rows, const int32_t *first_row, int32_t max_rows,
                                  int32_t width, void *stream) {
-    const Stream to{reinterpret_cast<float4 *>(x), static_cast<uint4 *>(scaled), squares, GLEANER_SQUARES(width)};
+    const Stream to{static_cast<uint4 *>(scaled), static_cast<uint4 *>(rest), squares, GLEANER_SQUARES(width)};
     embed_kernel<<<max_rows, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
         to, prompt, static_cast<const uint4 *>(embedding), static_cast<const uint4 *>(norm), rows, first_row,
         width / 8);

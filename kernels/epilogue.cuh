@@ -6,6 +6,7 @@
 
 #include "common.cuh"
 #include "kernels.h"
+#include "stream.cuh"
 
 struct Nothing {};
 
@@ -49,35 +50,47 @@ inline RowNorm row_norm(const float *squares, int32_t width, float eps) {
 
 constexpr int kSlotColumns = GLEANER_SQUARES_COLUMNS / GLEANER_SQUARES_SLOTS;  // of x, whose squares go to one slot at most
 
-// Adds to the residual stream x. What comes out is for the next product: x times the weights of the norm before it.
+// Adds to the residual stream, as stream.cuh has it: what comes out is scaled with the weights of another norm.
 struct Residual {
-    bf16 *out;
-    float *x;
-    float *squares;    // as in RowNorm
-    const bf16 *norm;  // [out_stride]
+    bf16 *out;  // scaled
+    uint16_t *rest;
+    float *squares;                // as in RowNorm
+    const bf16 *scaled_by, *norm;  // [out_stride]: the weights before, and from now on
     int out_stride, slots;
     static constexpr int kWords = 2;
-    struct Loaded {
+    struct Sums {
         float2 low, high;
     };
-    __device__ float2 *at(int row, int column) const {
-        return reinterpret_cast<float2 *>(x + static_cast<size_t>(row) * out_stride + column);
+    struct Loaded {
+        uint32_t scaled[2], rest[2];
+    };
+    template <class T>
+    __device__ uint32_t *at(T *half, int row, int column) const {
+        return reinterpret_cast<uint32_t *>(half + static_cast<size_t>(row) * out_stride + column);
     }
-    __device__ Loaded load(int row, int column) const { return {at(row, column)[0], at(row, column)[4]}; }
-    __device__ void store_x(int row, int column, const Loaded &sum) const {
-        at(row, column)[0] = sum.low, at(row, column)[4] = sum.high;
+    __device__ static float2 weights(const bf16 *of, int column) {
+        return unpack(stream_weights(__ldg(reinterpret_cast<const uint32_t *>(of + column))));
     }
-    __device__ static Loaded add(const float (&low)[2], const float (&high)[2], const Loaded &old) {
-        return {{old.low.x + low[0], old.low.y + low[1]}, {old.high.x + high[0], old.high.y + high[1]}};
+    __device__ Loaded load(int row, int column) const {
+        const uint32_t *scaled = at(out, row, column), *lower = at(rest, row, column);
+        return {{scaled[0], scaled[4]}, {lower[0], lower[4]}};
     }
-    __device__ static float square(const Loaded &sum) {
+    __device__ float2 add(const float (&sums)[2], uint32_t scaled, uint32_t lower, int column) const {
+        const float2 old = join_pair(scaled, lower), by = weights(scaled_by, column);
+        return {old.x * reciprocal(by.x) + sums[0], old.y * reciprocal(by.y) + sums[1]};
+    }
+    __device__ Sums add(const float (&low)[2], const float (&high)[2], const Loaded &old, int column) const {
+        return {add(low, old.scaled[0], old.rest[0], column), add(high, old.scaled[1], old.rest[1], column + 8)};
+    }
+    __device__ static float square(const Sums &sum) {
         return sum.low.x * sum.low.x + sum.low.y * sum.low.y + (sum.high.x * sum.high.x + sum.high.y * sum.high.y);
     }
-    __device__ void apply(uint32_t (&words)[2], int column, const Loaded &sum) const {
-        const float2 low = unpack(__ldg(reinterpret_cast<const uint32_t *>(norm + column)));
-        const float2 high = unpack(__ldg(reinterpret_cast<const uint32_t *>(norm + column + 8)));
-        words[0] = pack(sum.low.x * low.x, sum.low.y * low.y);
-        words[1] = pack(sum.high.x * high.x, sum.high.y * high.y);
+    // Stores the rest; `words` are those of what is scaled.
+    __device__ void apply(uint32_t (&words)[2], int row, int column, const Sums &sum) const {
+        const float2 low = weights(norm, column), high = weights(norm, column + 8);
+        uint32_t *lower = at(rest, row, column);
+        split_pair(sum.low.x * low.x, sum.low.y * low.y, words[0], lower[0]);
+        split_pair(sum.high.x * high.x, sum.high.y * high.y, words[1], lower[4]);
     }
     // Stores the sum of the squares of kSlotColumns columns of a row, of which each lane of a quad brings a part.
     __device__ void store_square(int row, int first_column, float part, bool alive) const {
@@ -90,9 +103,7 @@ struct Residual {
 
 // Off by a few units of 2^-24, and right at both ends.
 __device__ inline float silu(float x) {
-    float reciprocal;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(1.f + exp2_fast(x * -1.44269504f)));
-    return x * reciprocal;
+    return x * reciprocal(1.f + exp2_fast(x * -1.44269504f));
 }
 
 // Columns come as 8 of the gate, 8 of the up projection, and so on: silu(gate) * up leaves half of them.

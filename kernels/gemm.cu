@@ -130,9 +130,8 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(Operands operands, Ep
             const float high[2] = {high_at[0] + bias_high.x, high_at[1] + bias_high.y};
             uint32_t words[Epilogue::kWords];
             if constexpr (kResidual) {
-                const auto sum = epilogue.add(low, high, loaded[i]);
-                epilogue.store_x(row, column, sum);
-                epilogue.apply(words, column, sum);
+                const auto sum = epilogue.add(low, high, loaded[i], column);
+                epilogue.apply(words, row, column, sum);
                 squares[i] += epilogue.square(sum);
             } else {
                 epilogue.apply(words, column, low, high, loaded[i]);
@@ -164,10 +163,15 @@ Operands operands_of(const void *a, const void *weight, const void *bias, const 
 
 }  // namespace
 
-extern "C" int32_t gleaner_gemm_residual(float *x, void *scaled, float *squares, const void *a, const void *weight,
-                                         const void *bias, const void *norm, const int32_t *rows, int32_t max_rows,
-                                         int32_t n, int32_t k, void *stream) {
-    const Residual residual{static_cast<bf16 *>(scaled), x, squares, static_cast<const bf16 *>(norm), n,
+extern "C" int32_t gleaner_gemm_residual(void *scaled, void *rest, float *squares, const void *a, const void *weight,
+                                         const void *bias, const void *scaled_by, const void *norm, const int32_t *rows,
+                                         int32_t max_rows, int32_t n, int32_t k, void *stream) {
+    const Residual residual{static_cast<bf16 *>(scaled),
+                            static_cast<uint16_t *>(rest),
+                            squares,
+                            static_cast<const bf16 *>(scaled_by),
+                            static_cast<const bf16 *>(norm),
+                            n,
                             GLEANER_SQUARES(n)};
     return launch(operands_of(a, weight, bias, rows, {}, {}, n, k), residual, max_rows, stream);
 }

@@ -1,9 +1,10 @@
-// The epilogues of the linear layers on Hopper but gate and up: what becomes of their sums. An epilogue is for the 16 rows of
-// a warp from `row` on, of which each thread has some. `staged` is where the sums of a chunk of columns lie, and `side` where
-// what belongs to them does: of a matrix of fp32, in boxes of a chunk's columns. Columns from `end` on are nobody's.
+// The epilogues of the linear layers on Hopper but gate and up: what becomes of their sums. A warp has those of 16 rows from
+// `row` on, and finishes them in passes of kPassRows rows and a chunk of kChunk columns, `half` which of two passes of 8 rows.
+// `staged` is where the sums of a pass lie. Columns before `begin` and from `end` on are nobody's.
 //
-// For a tile of so many chunks an epilogue wants so many `boxes`, the rows of that matrix from side_row on, each the columns
-// from side_column on; box_of is the one that a chunk reads. If kBoxPerChunk, chunk i reads box i alone, which may go then.
+// What else an epilogue reads comes in boxes of 128 bytes of each of a tile's rows: so many `boxes` of the matrix side_matrix,
+// from side_row and side_column on, two a stage. If kPairPerChunk, chunk i reads boxes 2 i and 2 i + 1 alone, which may go
+// then. box_at gives where one lies, from the warp's first row on.
 #pragma once
 
 #include "gemm_sm90.cuh"
@@ -11,17 +12,43 @@
 
 constexpr int kMostHeadDim = 128;
 
-// Where a warp's sums are turned from the order of the tensor cores into rows: 16 of 32 columns, padded so that the writes of
-// a quarter of a warp meet no bank twice.
-constexpr int kChunk = 32, kPitchBytes = (kChunk + 8) * 4, kStagingBytes = 16 * kPitchBytes;
-// What an epilogue reads is a matrix of fp32, a chunk of columns of which lies in rows of so many bytes.
-constexpr int kSideRowBytes = kChunk * 4;
+// Where a warp's sums are turned from the order of the tensor cores into rows, padded so that the writes of a quarter of a warp
+// meet no bank twice. Of the pieces of 16 bytes of a row of 64 columns the last eight are swapped, by swapped(), so that every
+// other of them meet none either.
+template <class Epilogue>
+constexpr int kPitchBytes = (Epilogue::kChunk + 8) * 4;
+template <class Epilogue>
+constexpr int kStagingBytes = Epilogue::kPassRows * kPitchBytes<Epilogue>;
+__host__ __device__ constexpr int swapped(int piece) { return piece ^ piece / 8 * 3; }
+
+// Where chunks are of 64 columns, every other tile of 160 begins in the middle of a line, and every other one of 112 in the middle
+// of 32 columns whose squares are summed together. The first chunk begins with those, so many columns before the tile.
+template <class T, class Epilogue>
+constexpr int kMostBefore = Epilogue::kChunk < 64 ? 0 : T::n % 64 == 32 ? 32 : T::n % 32;
+template <class T, class Epilogue>
+__device__ int columns_before(int tile_column) {
+    constexpr int kMost = kMostBefore<T, Epilogue>;
+    if constexpr (kMost == 0) {
+        return 0;
+    } else {
+        static_assert(T::n % (2 * kMost) == kMost);
+        return tile_column % (2 * kMost);
+    }
+}
+
+constexpr int kSideRowBytes = 128;
 template <class T>
-constexpr int kChunksOf = T::n / kChunk;
+constexpr int kSideBoxBytes = T::m * kSideRowBytes;
 
 __device__ inline float4 load_shared(uint32_t address) {
     float4 v;
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address));
+    return v;
+}
+
+__device__ inline uint4 load_words(uint32_t address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
     return v;
 }
 
@@ -41,6 +68,13 @@ struct OfColumns {
             const int column = min(tile_column + i * 64 + static_cast<int>(threadIdx.x) % 32 * 2, n - 2);
             words[i] = from ? __ldg(reinterpret_cast<const uint32_t *>(from + column)) : 0;
         }
+    }
+    // For weights of a norm.
+    __device__ OfColumns of_stream() const {
+        OfColumns weights = *this;
+#pragma unroll
+        for (uint32_t &word : weights.words) word = stream_weights(word);
+        return weights;
     }
     // Those of four columns from the tile's column `at` on. All lanes ask at once, with the same at / 64.
     __device__ float4 four(int at) const {
@@ -65,122 +99,139 @@ __device__ inline uint4 exchange(uint2 a, uint2 b) {
     return odd ? uint4{x, y, b.x, b.y} : uint4{a.x, a.y, x, y};
 }
 
-// Lane i of four neighbours gets the sum of their values i.
-__device__ inline float sum_of_quad(const float (&values)[4]) {
-    const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
-    const float low = (odd ? values[1] : values[0]) + __shfl_xor_sync(0xffffffffu, odd ? values[0] : values[1], 1);
-    const float high = (odd ? values[3] : values[2]) + __shfl_xor_sync(0xffffffffu, odd ? values[2] : values[3], 1);
-    return (upper ? high : low) + __shfl_xor_sync(0xffffffffu, upper ? low : high, 2);
+// Of two neighbouring lanes, the even one gets the sum of their values 0, the odd one that of their values 1.
+__device__ inline float sum_of_pair(const float (&values)[2]) {
+    const bool odd = threadIdx.x & 1;
+    return (odd ? values[1] : values[0]) + __shfl_xor_sync(0xffffffffu, odd ? values[0] : values[1], 1);
 }
+
+__device__ inline float4 unpack_four(uint32_t low, uint32_t high) {
+    const float2 a = unpack(low), b = unpack(high);
+    return {a.x, a.y, b.x, b.y};
+}
+__device__ inline float4 join_four(uint32_t scaled_low, uint32_t scaled_high, uint32_t rest_low, uint32_t rest_high) {
+    const float2 a = join_pair(scaled_low, rest_low), b = join_pair(scaled_high, rest_high);
+    return {a.x, a.y, b.x, b.y};
+}
+__device__ inline float square(float4 v) { return v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w); }
 
 // a * factor + b
+__device__ inline float4 scaled_sum(float4 a, float4 factor, float4 b) {
+    return {a.x * factor.x + b.x, a.y * factor.y + b.y, a.z * factor.z + b.z, a.w * factor.w + b.w};
+}
 __device__ inline float4 scaled_sum(float4 a, float factor, float4 b) {
-    return {a.x * factor + b.x, a.y * factor + b.y, a.z * factor + b.z, a.w * factor + b.w};
+    return scaled_sum(a, float4{factor, factor, factor, factor}, b);
 }
 
-// Piece `piece` of 16 bytes of a row of a box.
-__device__ inline float4 load_side(uint32_t box, int row, int piece) {
-    return load_shared(box + row * kSideRowBytes + (piece ^ row % 8) * 16);
-}
+// Where piece `piece` of 16 bytes of a row of a box lies in it.
+__device__ inline uint32_t side_offset(int row, int piece) { return row * kSideRowBytes + (piece ^ row % 8) * 16; }
 
 // Where a row starts. Neither number is negative, which saves a register each.
 __device__ inline size_t start_of(int row, int width) {
     return static_cast<size_t>(static_cast<uint32_t>(row)) * static_cast<uint32_t>(width);
 }
 
-// Eight threads a row, with four columns each. Squares are summed by chunk, whatever the tile: else a row's sum, and all that
-// becomes of it, would depend in its last bits on the tile, and so on the number of rows.
+// Whole lines of the stream: eight threads a row, two rows each, eight columns of each.
+//
+// Squares are summed by 32 columns in one order, whatever the tile: else a row's sum, and all that becomes of it, would depend
+// in its last bits on the tile, and so on the number of rows. But where tiles of 112 columns are allowed, every seventh of
+// these, which two of them share, is summed by 16 columns, again whatever the tile. The second sum goes behind all others.
 struct AddToStream {
-    float *x;
+    static constexpr int kChunk = 64, kPassRows = 8;
     bf16 *scaled;
+    uint16_t *rest;
     float *squares;
-    const bf16 *norm, *bias;
+    const bf16 *scaled_by, *norm, *bias;
     int slots, n, rows = 0;
+    static constexpr bool kMayShareSlots = true;
+    // Whether there is room for that, and the width is one of tiles of 112.
+    __host__ __device__ bool shares_slots() const { return n % 224 == 0 && n / 28 <= slots; }
     struct OfTile {
-        uint2 scaled[4];  // of the chunk before, if that had an even number
+        float4 weights[2], back[2];  // of the thread's columns of a chunk
     };
     template <int kColumns>
     struct Loaded {
-        OfColumns<kColumns> norm, bias;
+        OfColumns<kColumns> scaled_by, norm;
     };
     __device__ void start(const Schedule &schedule) { rows = schedule.rows; }
-    __device__ static int row_of(int i) { return threadIdx.x % 32 / 8 + i * 4; }
+    // The two rows of a thread, of the warp's 16.
+    __device__ static int row_of(int half, int i) { return half * kPassRows + static_cast<int>(threadIdx.x) % 32 / 8 + i * 4; }
+    __device__ static float4 load_staged(uint32_t staged, int i, int piece) {
+        return load_shared(staged + row_of(0, i) * kPitchBytes<AddToStream> + swapped(piece) * 16);
+    }
     __device__ OfTile load_tile(int) const { return {}; }
     template <int kColumns>
     __device__ Loaded<kColumns> load(int tile_column) const {
-        return {{norm, tile_column, n}, {bias, tile_column, n}};
+        return {OfColumns<kColumns>{scaled_by, tile_column, n}.of_stream(),
+                OfColumns<kColumns>{norm, tile_column, n}.of_stream()};
     }
-    template <int kColumns>
-    __device__ void finish(uint32_t staged, uint32_t side, int row, int tile_column, int chunk, int end, OfTile &of_tile,
-                           const Loaded<kColumns> &loaded) const {
-        const int part = threadIdx.x % 8, in_tile = chunk * kChunk + part * 4, column = tile_column + in_tile;
-        const float4 weights = loaded.norm.four(in_tile);
-        float4 sums[4];
+    template <class T, class BoxAt>
+    __device__ void finish(uint32_t staged, const BoxAt &box_at, int row, int tile_column, int chunk, int half, int begin,
+                           int end, OfTile &of_tile, const Loaded<T::n> &loaded) const {
+        const int part = threadIdx.x % 8, in_tile = chunk * kChunk + part * 8, column = tile_column + in_tile;
+        if (half == 0)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sums[i] = load_shared(staged + row_of(i) * kPitchBytes + part * 16);
-        if (bias) {
-            const float4 bias_four = loaded.bias.four(in_tile);
+            for (int i = 0; i < 2; ++i) {
+                of_tile.weights[i] = loaded.norm.four(in_tile + i * 4);
+                const float4 by = loaded.scaled_by.four(in_tile + i * 4);
+                of_tile.back[i] = {reciprocal(by.x), reciprocal(by.y), reciprocal(by.z), reciprocal(by.w)};
+            }
+        const bool inside = (kMostBefore<T, AddToStream> == 0 || column >= begin) && column < end;
+        const uint32_t upper_box = box_at(chunk * 2), lower_box = box_at(chunk * 2 + 1);
+        float squares_of[2];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) sums[i] = scaled_sum(sums[i], 1.f, bias_four);
+        for (int i = 0; i < 2; ++i) {
+            const uint32_t at = side_offset(row_of(half, i), part);
+            const uint4 upper = load_words(upper_box + at), lower = load_words(lower_box + at);
+            float4 low = load_staged(staged, i, part * 2), high = load_staged(staged, i, part * 2 + 1);
+            if (bias && inside) {
+                const uint4 of_bias = __ldg(reinterpret_cast<const uint4 *>(bias + column));
+                low = scaled_sum(low, 1.f, unpack_four(of_bias.x, of_bias.y));
+                high = scaled_sum(high, 1.f, unpack_four(of_bias.z, of_bias.w));
+            }
+            low = scaled_sum(join_four(upper.x, upper.y, lower.x, lower.y), of_tile.back[0], low);
+            high = scaled_sum(join_four(upper.z, upper.w, lower.z, lower.w), of_tile.back[1], high);
+            squares_of[i] = inside ? square(low) + square(high) : 0.f;
+            if (inside && row + row_of(half, i) < rows) {
+                const float4 &by_low = of_tile.weights[0], &by_high = of_tile.weights[1];
+                uint4 to_scaled, to_rest;
+                split_pair(low.x * by_low.x, low.y * by_low.y, to_scaled.x, to_rest.x);
+                split_pair(low.z * by_low.z, low.w * by_low.w, to_scaled.y, to_rest.y);
+                split_pair(high.x * by_high.x, high.y * by_high.y, to_scaled.z, to_rest.z);
+                split_pair(high.z * by_high.z, high.w * by_high.w, to_scaled.w, to_rest.w);
+                const size_t to = start_of(row + row_of(half, i), n) + column;
+                *reinterpret_cast<uint4 *>(scaled + to) = to_scaled;
+                *reinterpret_cast<uint4 *>(rest + to) = to_rest;
+            }
         }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[i] = scaled_sum(load_side(side, row_of(i), part), 1.f, sums[i]);
-        const bool inside = column < end, even = chunk % 2 == 0;
-        uint2 own[4];
-        float squares_of[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float4 sum = sums[i];
-            if (inside && row + row_of(i) < rows)
-                *reinterpret_cast<float4 *>(x + start_of(row + row_of(i), n) + column) = sum;
-            own[i] = pack_four({sum.x * weights.x, sum.y * weights.y, sum.z * weights.z, sum.w * weights.w});
-            squares_of[i] = inside ? sum.x * sum.x + sum.y * sum.y + (sum.z * sum.z + sum.w * sum.w) : 0.f;
-            if (even) of_tile.scaled[i] = own[i];
-        }
-        static_assert(kSlotColumns == kChunk);
-        const int square_row = row + row_of(part % 4);
-        float square = sum_of_quad(squares_of);
-        square += __shfl_xor_sync(0xffffffffu, square, 4);
-        if (part < 4 && square_row < rows)
-            squares[start_of(square_row, slots) + (tile_column + chunk * kChunk) / kSlotColumns] = square;
-        // Two chunks of `scaled` make whole lines. A last one without a second has no columns for the odd lanes.
-        if (even && tile_column + (chunk + 1) * kChunk < end) return;
-        const int pair_column = tile_column + chunk / 2 * (2 * kChunk) + part / 2 * 8 + part % 2 * kChunk;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const uint4 group = exchange(of_tile.scaled[i], own[i]);
-            if (pair_column < end && row + row_of(i) < rows)
-                *reinterpret_cast<uint4 *>(scaled + start_of(row + row_of(i), n) + pair_column) = group;
-        }
+        static_assert(kSlotColumns == 32, "four threads have a slot's columns");
+        const int square_row = row + row_of(half, part % 2), slot = column / kSlotColumns;
+        const bool second = part & 2, shared = shares_slots() && slot % 7 == 3;
+        const float of_pair = sum_of_pair(squares_of), of_quad = of_pair + __shfl_xor_sync(0xffffffffu, of_pair, 2);
+        if ((shared || !second) && inside && square_row < rows)
+            squares[start_of(square_row, slots) + (second ? n / kSlotColumns + slot / 7 : slot)] = shared ? of_pair : of_quad;
     }
-    static constexpr bool kBoxPerChunk = true;
-    __device__ int boxes(int chunks) const { return chunks; }
-    __device__ int box_of(int, int chunk) const { return chunk; }
+    static constexpr bool kPairPerChunk = true;
+    template <class T>
+    __device__ int boxes() const {
+        return divide_up(T::n, kChunk) * 2;
+    }
+    __device__ int side_matrix(int box) const { return box % 2; }
     __device__ int side_row(int row) const { return row; }
-    __device__ int side_column(int tile_column, int box) const { return tile_column + box * kChunk; }
+    __device__ int side_column(int tile_column, int box) const { return tile_column + box / 2 * kChunk; }
 };
-
-// Four threads a row, two rows each, eight apart. Of them a thread has four columns, and the four that lie eight further.
-__device__ inline int quad_row(int i) { return threadIdx.x % 32 / 4 + i * 8; }
-__device__ inline int quad_column(int chunk_column) {
-    return chunk_column + static_cast<int>(threadIdx.x) % 4 / 2 * 16 + static_cast<int>(threadIdx.x) % 2 * 4;
-}
-struct QuadSums {
-    float4 low, high;
-};
-__device__ inline QuadSums quad_sums(uint32_t staged, int i, float factor, const QuadSums &bias) {
-    const uint32_t at = staged + quad_row(i) * kPitchBytes + quad_column(0) * 4;
-    return {scaled_sum(load_shared(at), factor, bias.low), scaled_sum(load_shared(at + 32), factor, bias.high)};
-}
 
 // Heads in the columns below rope_columns are rotated by angles that come as cosines and sines by turns, [positions,
-// head_dim].
+// head_dim]. Four threads a row, two rows each, eight apart; of them a thread has four columns, and the four that lie eight
+// further. Passes as of AddToStream were slower here.
 struct RotateHeads {
+    static constexpr int kChunk = 32, kPassRows = 16;
     bf16 *out;
     const bf16 *bias;
     RowNorm norm;
     GleanerStarts starts;
     int head_dim, rope_columns, n, rows = 0, row_start = 0, position_start = 0, out_start = 0;
+    static constexpr bool kMayShareSlots = false;
     struct OfTile {
         float factors[2];
     };
@@ -190,41 +241,48 @@ struct RotateHeads {
         rows = schedule.rows, row_start = schedule.row_start;
         position_start = start_of_rows(starts.position), out_start = start_of_rows(starts.out);
     }
+    __device__ static int row_of(int i) { return threadIdx.x % 32 / 4 + i * 8; }
     __device__ OfTile load_tile(int row) const {
         OfTile of_tile;
         norm.factors(of_tile.factors,
-                     {row_start + min(row + quad_row(0), rows - 1), row_start + min(row + quad_row(1), rows - 1)});
+                     {row_start + min(row + row_of(0), rows - 1), row_start + min(row + row_of(1), rows - 1)});
         return of_tile;
     }
     template <int kColumns>
     __device__ Loaded<kColumns> load(int tile_column) const {
         return {bias, tile_column, n};
     }
-    template <int kColumns>
-    __device__ void finish(uint32_t staged, uint32_t side, int row, int tile_column, int chunk, int end, OfTile &of_tile,
-                           const Loaded<kColumns> &of_bias) const {
-        const int in_tile = quad_column(chunk * kChunk), column = tile_column + in_tile, piece = threadIdx.x % 4 * 2;
-        const int group_column = tile_column + chunk * kChunk + static_cast<int>(threadIdx.x) % 4 * 8;
-        const QuadSums bias_sums{of_bias.four(in_tile), of_bias.four(in_tile + 8)};
+    template <class T, class BoxAt>
+    __device__ void finish(uint32_t staged, const BoxAt &box_at, int row, int tile_column, int chunk, int, int, int end,
+                           OfTile &of_tile, const Loaded<T::n> &of_bias) const {
+        const int quad = static_cast<int>(threadIdx.x) % 4, in_chunk = quad / 2 * 16 + quad % 2 * 4;
+        const int in_tile = chunk * kChunk + in_chunk, column = tile_column + in_tile;
+        const int group_column = tile_column + chunk * kChunk + quad * 8;
+        const float4 bias_low = of_bias.four(in_tile), bias_high = of_bias.four(in_tile + 8);
+        // All heads are rotated by the same angles: a box for each chunk of a head will do.
+        const uint32_t box = box_at((tile_column / kChunk + chunk) & (head_dim / kChunk - 1));
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const auto [low, high] = quad_sums(staged, i, of_tile.factors[i], bias_sums);
-            float4 a = load_side(side, quad_row(i), piece), b = load_side(side, quad_row(i), piece + 1);
+            const uint32_t sums = staged + row_of(i) * kPitchBytes<RotateHeads> + in_chunk * 4;
+            const float4 low = scaled_sum(load_shared(sums), of_tile.factors[i], bias_low),
+                         high = scaled_sum(load_shared(sums + 32), of_tile.factors[i], bias_high);
+            float4 a = load_shared(box + side_offset(row_of(i), quad * 2)),
+                   b = load_shared(box + side_offset(row_of(i), quad * 2 + 1));
             if (column >= rope_columns) a = b = {1.f, 0.f, 1.f, 0.f};
             const uint4 group = exchange(pack_four({low.x * a.x - high.x * a.y, low.y * a.z - high.y * a.w,
                                                     low.z * b.x - high.z * b.y, low.w * b.z - high.w * b.w}),
                                          pack_four({high.x * a.x + low.x * a.y, high.y * a.z + low.y * a.w,
                                                     high.z * b.x + low.z * b.y, high.w * b.z + low.w * b.w}));
-            if (row + quad_row(i) < rows && group_column < end)
-                *reinterpret_cast<uint4 *>(out + start_of(out_start + row + quad_row(i), n) + group_column) = group;
+            if (row + row_of(i) < rows && group_column < end)
+                *reinterpret_cast<uint4 *>(out + start_of(out_start + row + row_of(i), n) + group_column) = group;
         }
     }
-    // All heads are rotated by the same angles: a box for each chunk of a head will do.
-    static constexpr bool kBoxPerChunk = false;
-    __device__ int boxes(int) const { return head_dim / kChunk; }
-    __device__ int box_of(int tile_column, int chunk) const {
-        return (tile_column / kChunk + chunk) & (head_dim / kChunk - 1);
+    static constexpr bool kPairPerChunk = false;
+    template <class T>
+    __device__ int boxes() const {
+        return head_dim / kChunk;
     }
+    __device__ int side_matrix(int) const { return 0; }
     __device__ int side_row(int row) const { return position_start + row; }
     __device__ int side_column(int, int box) const { return box * kChunk; }
 };

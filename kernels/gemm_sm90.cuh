@@ -25,11 +25,15 @@ constexpr int kTileK = kBoxColumns;
 constexpr int kStrip = 64;  // rows that a warpgroup multiplies at once
 constexpr int kStripBytes = kStrip * kTileK * 2;
 
-// A tile of the output, the CTAs of a cluster, which take such tiles together, and the ring of stages, each with room for
-// kStageColumns columns.
-template <int kRows, int kColumns, int kRingBytes, int kCtas, int kStageColumns = kColumns>
+// A tile of the output, the CTAs of a cluster, which take such tiles together, all beside each other or not, and the ring of
+// stages, each with room for kStageColumns columns.
+template <int kRows, int kColumns, int kRingBytes, int kCtas, int kStageColumns = kColumns, bool kAllBeside = false>
 struct Tile {
     static constexpr int m = kRows, n = kColumns, kCluster = kCtas;
+    static constexpr bool kBeside = kAllBeside;
+    // What a CTA copies at once: rows of a, if it shares them, and of the weight.
+    static constexpr int kPartRows = kBeside ? m / kCluster : kStrip;
+    static constexpr int weight_rows(int columns) { return kBeside ? columns : columns / kCluster; }
     static constexpr int kABytes = m * kTileK * 2, kWeightBytes = n * kTileK * 2;
     static constexpr int kStageBytes = kABytes + kStageColumns * kTileK * 2;
     static constexpr int kStages = kRingBytes / kStageBytes;
@@ -50,6 +54,9 @@ struct Operands {
 // beside each other: a pair below each other would compute one tile for nobody.
 //
 // Of four, in squares, and in a last column without a second, one below the other.
+//
+// Or all beside each other: less is fetched of a and more of the weight, but no tile is for nobody as long as the columns of
+// tiles are a multiple of the CTAs, which may leave no cluster without work where squares do.
 struct Schedule {
     // A CTA's tile of a block. So many of the block's tiles lie below each other, and share their weights; those beside each
     // other share rows of a.
@@ -73,6 +80,7 @@ struct Schedule {
     template <class T>
     __host__ __device__ static int blocks(int rows, int n) {
         const int tile_rows = divide_up(rows, T::m), across = divide_up(n, T::n);
+        if (T::kBeside) return tile_rows * divide_up(across, T::kCluster);
         const int of_two_columns = T::kCluster == 2 ? tile_rows : divide_up(tile_rows, 2);
         return across / 2 * of_two_columns + across % 2 * divide_up(tile_rows, T::kCluster);
     }
@@ -84,7 +92,10 @@ struct Schedule {
     template <class T>
     __device__ Place place(int block, int first_column = 0) const {
         const int tile_rows = divide_up(rows, T::m), rank = cluster_rank();
-        if constexpr (T::kCluster == 2) {
+        if constexpr (T::kBeside) {
+            const int group = divide_fast(block, tile_rows);
+            return {(block - group * tile_rows) * T::m, first_column + (group * T::kCluster + rank) * T::n, 1};
+        } else if constexpr (T::kCluster == 2) {
             const int left = divide_fast(block, tile_rows) * 2;
             const int odd = tile_rows % 2, in_columns = block - left / 2 * tile_rows - odd;
             if (in_columns < 0) return {(tile_rows - 1) * T::m, first_column + (left + rank) * T::n, 1};
@@ -97,21 +108,25 @@ struct Schedule {
             return {(in_columns * 2 + rank % 2) * T::m, first_column + (left + rank / 2) * T::n, 2};
         }
     }
-    // How many strips of the tile from `row` on have a live row.
-    template <class T>
+    // How many strips of the tile from `row` on have a live row, or parts of another number of rows.
+    template <class T, int kPartRows = kStrip>
     __device__ int strips(int row) const {
-        return min(max(divide_up(rows - row, kStrip), 0), T::m / kStrip);
+        return min(max(divide_up(rows - row, kPartRows), 0), T::m / kPartRows);
     }
 };
 
-// Widths of tiles that there are, of which a kernel has the first few.
-constexpr int kMostWidths = 4;
-constexpr int kWidths[kMostWidths] = {128, 192, 160, 256};
+// Widths of tiles that there are.
+constexpr int kMostWidths = 5;
+constexpr int kWidths[kMostWidths] = {112, 128, 160, 192, 256};
 constexpr int index_of_width(int n) {
     int index = 0;
     while (kWidths[index] != n) ++index;
     return index;
 }
+
+// A bit for the width of each tile.
+template <class... Tiles>
+constexpr uint32_t width_bits = ((1u << index_of_width(Tiles::n)) | ...);
 
 // What the host has chosen for each number of live strips of 64 rows, up to that of max_rows; beyond the last, as for the last.
 struct Choices {
@@ -133,8 +148,7 @@ int64_t cost_of(int tiles, int k_tiles, int on_top) {
     return tiles * (static_cast<int64_t>(k_tiles) * (T::m * T::n / 128) + on_top);
 }
 
-// The tiles that a kernel has code for. Their widths are the first of those that there are, for the kernel's Maps are made for
-// these alone. A tile costs kTileCost on top.
+// The tiles that a kernel has code for. A tile costs kTileCost on top.
 template <int kTileCost, class... Tiles>
 struct Menu {
     // Which tile costs least, and what.
@@ -155,8 +169,7 @@ struct Menu {
         (consider(Tiles{}), ...);
         return best;
     }
-    static constexpr int kWidthCount = sizeof...(Tiles);
-    static_assert(((index_of_width(Tiles::n) < kWidthCount) && ...));
+    static constexpr uint32_t kWidthBits = width_bits<Tiles...>;
     // Calls `run` with the tile chosen.
     template <class Run>
     __device__ static void with(int tile, const Run &run) {
@@ -165,10 +178,10 @@ struct Menu {
     }
 };
 
-// a in boxes of as many rows as a tile has, and in strips; and the weight, in boxes of as many rows as a CTA copies of those of
-// a tile of each width if all tiles of a block lie below each other.
+// a in boxes of as many rows as a tile has, and as a CTA copies at once if it shares them; and the weight, for each width of a
+// tile in boxes of as many rows as a CTA copies at once.
 struct Maps {
-    CUtensorMap rows, strip, weight[kMostWidths];
+    CUtensorMap rows, part, weight[kMostWidths];
 };
 
 // The ring of a CTA, as addresses in shared memory: stages, and the barriers that say that one is full or empty.
@@ -197,25 +210,27 @@ __device__ inline Stages make_stages(const Maps &maps, int warps) {
 }
 
 // What a CTA copies for a block of which kDown tiles lie below each other: its part of its own tile's weights, for them all,
-// and of the strips of its own tile's rows every one, or every other if a tile beside it has the same rows. What does not
-// change from stage to stage is worked out before.
+// and its share of the parts of its own tile's rows, which the tiles beside it have, too. What does not change from stage to
+// stage is worked out before.
 template <class T, int kDown>
 struct Share {
-    static constexpr int kAcross = T::kCluster / kDown, kStrips = T::m / kStrip, kBoxRows = T::n / T::kCluster,
-                         kMap = index_of_width(T::n);
-    static constexpr int kFirstRow = kAcross == 1 ? 1 : 1 | 1 << kDown;  // a bit for each CTA of the block's first row
+    static constexpr int kAcross = T::kCluster / kDown, kParts = T::m / T::kPartRows, kPartBytes = T::kPartRows * kTileK * 2,
+                         kBoxRows = T::weight_rows(T::n), kBoxes = T::n / kDown / kBoxRows, kMap = index_of_width(T::n);
+    // A bit for each CTA of the block's first row.
+    static constexpr int kFirstRow = kAcross == 1 ? 1 : kAcross == 2 ? 1 | 1 << kDown : (1 << kAcross) - 1;
+    static_assert(kAcross <= 2 || kDown == 1);
     const Maps &maps;
     const Stages &stages;
-    int strips, beside, a_row, weight_row;
+    int parts, beside, a_row, weight_row;
     uint32_t weight_at, bytes;
     uint16_t weight_readers, a_readers;
     __device__ Share(const Maps &all_maps, const Schedule &schedule, const Stages &all_stages, const Schedule::Place &place)
         : maps(all_maps), stages(all_stages) {
-        const int rank = cluster_rank(), below = rank & (kDown - 1), first_weight = below * kAcross * kBoxRows;
-        strips = schedule.strips<T>(place.row), beside = (rank - below) / kDown;
+        const int rank = cluster_rank(), below = rank & (kDown - 1), first_weight = below * kBoxes * kBoxRows;
+        parts = schedule.strips<T, T::kPartRows>(place.row), beside = (rank - below) / kDown;
         a_row = schedule.row_start + place.row, weight_row = place.column + first_weight;
         weight_at = stages.ring + T::kABytes + first_weight * kTileK * 2;
-        bytes = strips * kStripBytes + T::kWeightBytes;
+        bytes = parts * kPartBytes + T::kWeightBytes;
         weight_readers = ((1 << kDown) - 1) << (rank - below), a_readers = kFirstRow << below;
     }
     // Opens a stage and copies weights.
@@ -224,7 +239,7 @@ struct Share {
         const CUtensorMap *map = maps.weight + kMap;
         barrier_expect(barrier, bytes);
 #pragma unroll
-        for (int box = 0; box < kAcross; ++box) {
+        for (int box = 0; box < kBoxes; ++box) {
             const uint32_t to_box = to + box * kBoxRows * kTileK * 2;
             if (kDown == 1)
                 copy_box(to_box, map, weight_row + box * kBoxRows, k_tile * kTileK, barrier);
@@ -234,25 +249,27 @@ struct Share {
     }
     __device__ void fill_rows(const typename T::At &at, int k_tile) const {
         const uint32_t to = stages.ring + at.stage * T::kStageBytes, barrier = stages.full + at.stage * 8;
-        if (kAcross == 1 && strips == kStrips) return copy_box(to, &maps.rows, a_row, k_tile * kTileK, barrier);
+        if (kAcross == 1 && parts == kParts) return copy_box(to, &maps.rows, a_row, k_tile * kTileK, barrier);
 #pragma unroll
-        for (int i = 0; i < divide_up(kStrips, kAcross); ++i) {
-            const int strip = i * kAcross + beside;
-            if (strip >= strips) return;
+        for (int i = 0; i < divide_up(kParts, kAcross); ++i) {
+            const int part = i * kAcross + beside;
+            if (part >= parts) return;
+            const int row = a_row + part * T::kPartRows;
             if (kAcross == 1)
-                copy_box(to + strip * kStripBytes, &maps.strip, a_row + strip * kStrip, k_tile * kTileK, barrier);
+                copy_box(to + part * kPartBytes, &maps.part, row, k_tile * kTileK, barrier);
             else
-                copy_box_to(to + strip * kStripBytes, &maps.strip, a_row + strip * kStrip, k_tile * kTileK, barrier,
-                            a_readers);
+                copy_box_to(to + part * kPartBytes, &maps.part, row, k_tile * kTileK, barrier, a_readers);
         }
     }
 };
 
-// Calls `run` with this CTA's share of a block. Of four, no block lies in one row.
+// Calls `run` with this CTA's share of a block.
 template <class T, class Run>
 __device__ void with_share(const Maps &maps, const Schedule &schedule, const Stages &stages, const Schedule::Place &place,
                            const Run &run) {
-    if (place.down == T::kCluster)
+    if constexpr (T::kBeside)
+        run(Share<T, 1>(maps, schedule, stages, place));
+    else if (place.down == T::kCluster)
         run(Share<T, T::kCluster>(maps, schedule, stages, place));
     else
         run(Share<T, T::kCluster / 2>(maps, schedule, stages, place));
@@ -348,20 +365,23 @@ inline int32_t count_pairs(int *clusters) {
 }
 
 // Launches kernel(maps, operands, choices, arguments...), in so many CTAs of `threads` threads and shared_bytes of shared
-// memory, for tiles of T's rows and of the first kWidthCount widths. a holds a_rows rows, dead ones among them.
-template <class T, int kWidthCount, class... Parameters, class... Arguments>
+// memory, for tiles as T but for their widths, which are those of kWidthBits. a holds a_rows rows, dead ones among them.
+template <class T, uint32_t kWidthBits, class... Parameters, class... Arguments>
 int32_t launch_gemm(void (*kernel)(Maps, Operands, Choices, Parameters...), int ctas, int threads, int shared_bytes,
                     const void *a, int a_rows, const void *weight, const Operands &operands, const Choices &choices,
                     void *stream, Arguments... arguments) {
     Maps maps;
     const auto *of_a = static_cast<const bf16 *>(a), *of_weight = static_cast<const bf16 *>(weight);
     if (const int32_t status = make_tensor_map(&maps.rows, of_a, a_rows, operands.k, T::m)) return status;
-    if (const int32_t status = make_tensor_map(&maps.strip, of_a, a_rows, operands.k, kStrip)) return status;
+    if (const int32_t status = make_tensor_map(&maps.part, of_a, a_rows, operands.k, T::kPartRows)) return status;
+    const auto describe = [&](int i) {
+        return make_tensor_map(&maps.weight[i], of_weight, operands.n, operands.k, T::weight_rows(kWidths[i]));
+    };
     for (int i = 0; i < kMostWidths; ++i) {
-        if (i >= kWidthCount)
-            maps.weight[i] = maps.weight[0];
-        else if (const int32_t status =
-                     make_tensor_map(&maps.weight[i], of_weight, operands.n, operands.k, kWidths[i] / T::kCluster))
+        // No kernel copies by the others, but all are prefetched.
+        if (!(kWidthBits >> i & 1))
+            maps.weight[i] = maps.rows;
+        else if (const int32_t status = describe(i))
             return status;
     }
     return launch_overlapping(kernel, ctas, threads, shared_bytes, stream, maps, operands, choices, arguments...);

@@ -166,13 +166,10 @@ extern "C" int32_t gleaner_gemm_sm90_swiglu(void *out, const void *a, const floa
     if (const int32_t status = count_pairs(&clusters)) return status;
     const auto with = [&](auto with_bias) {
         constexpr bool kBias = decltype(with_bias)::value;
-        constexpr int kWidthCount = kBias ? 1 : 2;
-        static_assert(index_of_width(Wide<kBias>::n) < kWidthCount && index_of_width(Narrow<kBias>::n) < kWidthCount);
         const auto choose = [&](int rows) { return Parts<kBias>::choose(rows, n, divide_up(k, kTileK), clusters); };
-        return launch_gemm<Wide<kBias>, kWidthCount>(gemm_swiglu_sm90_kernel<kBias>, clusters * kCluster, kThreads,
-                                                     kSharedBytes, a, max_rows, weight, {rows, nullptr, n, k},
-                                                     choices(max_rows, choose), stream, norm, epilogue,
-                                                     static_cast<const bf16 *>(bias));
+        return launch_gemm<Wide<kBias>, width_bits<Wide<kBias>, Narrow<kBias>>>(
+            gemm_swiglu_sm90_kernel<kBias>, clusters * kCluster, kThreads, kSharedBytes, a, max_rows, weight,
+            {rows, nullptr, n, k}, choices(max_rows, choose), stream, norm, epilogue, static_cast<const bf16 *>(bias));
     };
     return bias ? with(std::true_type{}) : with(std::false_type{});
 }

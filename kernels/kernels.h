@@ -15,11 +15,13 @@ extern "C" {
 const char *gleaner_error_string(int32_t status);
 
 // The residual stream of some rows, of `width` columns, as kernels hand it on:
-// - x, fp32 [rows, width];
-// - scaled, bf16 [rows, width]: x times the weights of the norm that comes next, which products are made of;
+// - scaled, bf16 [rows, width]: x times the weights of the norm that comes next, which products are made of. Weights nearer to
+//   zero than 2^-60 count as that;
+// - rest, uint16 [rows, width]: what scaled lacks of that in fp32, whose bits are (scaled << 16 | rest) - 0x8000;
 // - squares, fp32 [rows, GLEANER_SQUARES(width)], whose sum over a row is that of the squares of x. A product that is made of
 //   scaled is multiplied, row by row, with 1 / sqrt(sum / width + eps): that is the norm.
-// Of squares, kernels write what their columns own. Elements beyond must be zero.
+// Of squares, kernels write what their columns own, some of a kernel's for Hopper behind those of all columns. Other elements
+// must be zero.
 #define GLEANER_SQUARES_COLUMNS 512
 #define GLEANER_SQUARES_SLOTS 16
 #define GLEANER_SQUARES(width) \
@@ -27,17 +29,22 @@ const char *gleaner_error_string(int32_t status);
 
 // Of each token of a prompt from first_row on, its row of embedding [*, width]; norm, bf16 [width]: weights of the norm that
 // comes next. rows: a device integer of at most max_rows. first_row: device integer, or null for 0.
-int32_t gleaner_embed(float *x, void *scaled, float *squares, const uint32_t *prompt, const void *embedding,
+int32_t gleaner_embed(void *scaled, void *rest, float *squares, const uint32_t *prompt, const void *embedding,
                       const void *norm, const int32_t *rows, const int32_t *first_row, int32_t max_rows, int32_t width,
                       void *stream);
+
+// x, fp32 [width], of one row; norm [width]: the weights that the stream is scaled with. width is even.
+int32_t gleaner_stream_row(float *x, const void *scaled, const void *rest, const void *norm, int32_t row, int32_t width,
+                           void *stream);
 
 // Linear layers: weight [n, k], bias [n] or null, a [rows, k], all bf16; n a multiple of 16, k of 8. rows is a device
 // integer of at most max_rows; rows beyond it are neither read nor written.
 
-// x [rows, n] += a weight^T + bias, with what belongs to it; norm [n]: as above.
-int32_t gleaner_gemm_residual(float *x, void *scaled, float *squares, const void *a, const void *weight,
-                              const void *bias, const void *norm, const int32_t *rows, int32_t max_rows, int32_t n,
-                              int32_t k, void *stream);
+// x += a weight^T + bias for the residual stream [rows, n], which was scaled with the weights scaled_by [n] and is from then
+// on with norm [n].
+int32_t gleaner_gemm_residual(void *scaled, void *rest, float *squares, const void *a, const void *weight,
+                              const void *bias, const void *scaled_by, const void *norm, const int32_t *rows,
+                              int32_t max_rows, int32_t n, int32_t k, void *stream);
 
 // out [rows, n / 2] = silu(gate) * up of norm(a) weight^T + bias, where a is `scaled` and comes with its squares; the rows
 // of weight and bias come as 8 of the gate, 8 of up, and so on.
@@ -57,12 +64,12 @@ int32_t gleaner_gemm_rope(void *out, const void *a, const float *squares, const 
                           const void *table, const int32_t *rows, GleanerStarts starts, int32_t max_rows, int32_t n,
                           int32_t k, int32_t head_dim, int32_t rope_columns, float eps, void *stream);
 
-// The same three for Hopper (compute capability 9.0 alone), which may read dead rows: a and x hold max_rows rows. For rope it
-// is a_rows that a holds, and the table `positions`; it is read whether or not heads are rotated. They start before the kernel
-// before them has ended: weights, *rows and starts were there when that one started.
-int32_t gleaner_gemm_sm90_residual(float *x, void *scaled, float *squares, const void *a, const void *weight,
-                                   const void *bias, const void *norm, const int32_t *rows, int32_t max_rows, int32_t n,
-                                   int32_t k, void *stream);
+// The same three for Hopper (compute capability 9.0 alone), which may read dead rows: a and the stream hold max_rows rows. For
+// rope it is a_rows that a holds, and the table `positions`; it is read whether or not heads are rotated. They start before the
+// kernel before them has ended: weights, *rows and starts were there when that one started.
+int32_t gleaner_gemm_sm90_residual(void *scaled, void *rest, float *squares, const void *a, const void *weight,
+                                   const void *bias, const void *scaled_by, const void *norm, const int32_t *rows,
+                                   int32_t max_rows, int32_t n, int32_t k, void *stream);
 int32_t gleaner_gemm_sm90_swiglu(void *out, const void *a, const float *squares, const void *weight, const void *bias,
                                  const int32_t *rows, int32_t max_rows, int32_t n, int32_t k, float eps, void *stream);
 int32_t gleaner_gemm_sm90_rope(void *out, const void *a, const float *squares, const void *weight, const void *bias,

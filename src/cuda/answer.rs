@@ -8,12 +8,12 @@ use std::sync::Arc;
 use cudarc::driver::{CudaSlice, CudaStream};
 use half::bf16;
 
-use super::device::{Allocator, driver_error};
+use super::device::Allocator;
 use super::forward::{Forward, Live};
 use super::memory::{self, AnswerSizes};
 use super::ops::{AttentionParts, FixedRow, Heads, NO_TOKEN, Rows, Sent, answer, sampling_words};
 use super::record::Recorded;
-use super::workspace::Activations;
+use super::workspace::{Activations, RowActivations};
 use crate::model::Model;
 use crate::range::range;
 use crate::reader::Sampling;
@@ -31,7 +31,7 @@ pub struct Answering {
     sizes: AnswerSizes,
     prompt: Activations,
     /// Of the last token.
-    pub one: Activations,
+    pub one: RowActivations,
     /// Queries, keys and values of all positions, for each layer.
     pub caches: Vec<CudaSlice<bf16>>,
     pub logits: CudaSlice<f32>,
@@ -90,7 +90,7 @@ impl Answering {
         let answering = Answering {
             sizes,
             prompt: Activations::new(device, &mut allocator, model, sizes.prompt)?,
-            one: Activations::new(device, &mut allocator, model, sizes.one)?,
+            one: RowActivations::new(device, &mut allocator, model, sizes.one)?,
             caches: (0..layers).map(|_| allocator.zeros(sizes.cache)).collect::<Result<_>>()?,
             logits: allocator.zeros(sizes.logits)?,
             tokens: allocator.zeros(sizes.prompt_tokens)?,
@@ -122,12 +122,8 @@ impl Answering {
             for (index, cache) in self.caches.iter_mut().enumerate() {
                 forward.layer(index, &mut self.prompt, cache, live)?;
             }
-            let hidden = forward.config.hidden_size;
-            let last_row = self.prompt.residual.x.slice((prompt.len() - 1) * hidden..prompt.len() * hidden);
-            device
-                .stream()
-                .memcpy_dtod(&last_row, &mut self.one.residual.x)
-                .map_err(|error| driver_error(WHAT, error))?;
+            let (norm, last_row) = (&forward.weights.norm, prompt.len() - 1);
+            device.stream_row(&mut self.one.x, &self.prompt.residual, norm, last_row, forward.config.hidden_size)?;
             forward.head(self)
         })
     }

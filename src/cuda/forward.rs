@@ -6,7 +6,7 @@ use half::bf16;
 use super::CudaDevice;
 use super::answer::Answering;
 use super::model::{DeviceLayer, DeviceModel};
-use super::ops::{Heads, Logits, Norm, Normed, Rotation, Rows, Sampled, Shift, Starts, answer};
+use super::ops::{Heads, Logits, Norm, Normed, Rotation, Rows, Sampled, Scaling, Shift, Starts, answer};
 use super::workspace::{Activations, Workspace};
 use crate::Result;
 use crate::model::Config;
@@ -74,13 +74,15 @@ impl Forward<'_> {
         let _layer = range!("layer {index}");
         let layer = &weights.layers[index];
         let next_norm = weights.layers.get(index + 1).map_or(&weights.norm, |next| &next.input_layernorm);
+        let mlp_norm = &layer.post_attention_layernorm;
         let rows = live.rows;
         self.project(layer, a, qkv, live)?;
         device.attention(&mut a.attended, qkv, layer.heads, live.tokens, live.first)?;
-        device.gemm_residual(&mut a.residual, &a.attended, &layer.o_proj, &layer.post_attention_layernorm, rows)?;
+        let norms = Scaling { from: &layer.input_layernorm, to: mlp_norm };
+        device.gemm_residual(&mut a.residual, &a.attended, &layer.o_proj, norms, rows)?;
         let input = Normed { residual: &a.residual, eps: config.rms_norm_eps };
         device.gemm_swiglu(&mut a.h, input, &layer.gate_up, rows)?;
-        device.gemm_residual(&mut a.residual, &a.h, &layer.down_proj, next_norm, rows)
+        device.gemm_residual(&mut a.residual, &a.h, &layer.down_proj, Scaling { from: mlp_norm, to: next_norm }, rows)
     }
 
     /// The residual stream of a prompt's live rows.
@@ -128,8 +130,8 @@ impl Forward<'_> {
         let Answering { one, logits, best, state, sent, sampling, .. } = answering;
         let norm = Norm { weight: &weights.norm, eps: config.rms_norm_eps };
         let head = weights.lm_head.as_ref().unwrap_or(&weights.embed_tokens);
-        device.gemv_logits(logits, best, &one.residual.x, norm, head, [config.vocab_size, weights.vocab_rows])?;
-        let out = Sampled { x: &mut one.residual.x, answer: state, sent };
+        device.gemv_logits(logits, best, &one.x, norm, head, [config.vocab_size, weights.vocab_rows])?;
+        let out = Sampled { x: &mut one.x, answer: state, sent };
         device.sample(out, Logits { logits, best, embedding: &weights.embed_tokens }, sampling, config.vocab_size)
     }
 
@@ -139,7 +141,7 @@ impl Forward<'_> {
         let Answering { one, caches, parts, row: fixed, counts, state, .. } = answering;
         let in_three = device.has_row_kernels(config.hidden_size, config.intermediate_size, config.head_dim);
         if in_three {
-            device.row_start(fixed, &one.residual.x)?;
+            device.row_start(fixed, &one.x)?;
         }
         let (row, position) = (Rows { ints: counts, index: 1, max: 1 }, Shift { ints: state, index: answer::POSITION });
         for (index, (layer, cache)) in weights.layers.iter().zip(caches).enumerate() {
@@ -151,7 +153,7 @@ impl Forward<'_> {
             let input_norm = norm(&layer.input_layernorm);
             match in_three {
                 true => device.row_qkv(cache, fixed, input_norm, &layer.qkv, rotation, position)?,
-                false => device.gemv_rope(cache, &one.residual.x, input_norm, &layer.qkv, rotation, position)?,
+                false => device.gemv_rope(cache, &one.x, input_norm, &layer.qkv, rotation, position)?,
             }
             if let Some(norms) = &layer.head_norms {
                 let (stride, eps) = (layer.heads.qkv_columns(), config.rms_norm_eps);
@@ -164,12 +166,12 @@ impl Forward<'_> {
                 continue;
             }
             device.decode_attention(&mut one.attended, parts, cache, layer.heads, position)?;
-            device.gemv_residual(&mut one.residual.x, &one.attended, &layer.o_proj)?;
-            device.gemv_swiglu(&mut one.h, &one.residual.x, mlp_norm, &layer.gate_up)?;
-            device.gemv_residual(&mut one.residual.x, &one.h, &layer.down_proj)?;
+            device.gemv_residual(&mut one.x, &one.attended, &layer.o_proj)?;
+            device.gemv_swiglu(&mut one.h, &one.x, mlp_norm, &layer.gate_up)?;
+            device.gemv_residual(&mut one.x, &one.h, &layer.down_proj)?;
         }
         if in_three {
-            device.row_end(&mut one.residual.x, fixed)?;
+            device.row_end(&mut one.x, fixed)?;
         }
         self.head(answering)
     }

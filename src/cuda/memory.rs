@@ -66,8 +66,8 @@ pub const fn squares(width: usize) -> usize {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub struct ActivationSizes {
-    /// Of the residual stream, and as many of it scaled for the norm.
-    pub x: usize,
+    /// Of the residual stream, in each of its halves.
+    pub stream: usize,
     /// Of the sums of its squares.
     pub squares: usize,
     pub attended: usize,
@@ -79,7 +79,7 @@ pub struct ActivationSizes {
 impl ActivationSizes {
     pub fn new(config: &Config, rows: usize, positions: usize) -> ActivationSizes {
         ActivationSizes {
-            x: rows * config.hidden_size,
+            stream: rows * config.hidden_size,
             squares: rows * squares(config.hidden_size),
             attended: rows * config.q_dim(),
             h: rows * config.intermediate_size,
@@ -88,7 +88,34 @@ impl ActivationSizes {
     }
 
     fn bytes(&self) -> usize {
-        HALF * (self.x + self.attended + self.h) + WORD * (self.x + self.squares + self.rope)
+        HALF * (2 * self.stream + self.attended + self.h) + WORD * (self.squares + self.rope)
+    }
+}
+
+/// Elements of the buffers that a pass over the one row of a new token takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct RowSizes {
+    /// Of the residual stream.
+    pub x: usize,
+    pub attended: usize,
+    pub h: usize,
+    /// Cosines and sines.
+    pub rope: usize,
+}
+
+impl RowSizes {
+    fn new(config: &Config, positions: usize) -> RowSizes {
+        RowSizes {
+            x: config.hidden_size,
+            attended: config.q_dim(),
+            h: config.intermediate_size,
+            rope: positions * config.head_dim,
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        HALF * (self.attended + self.h) + WORD * (self.x + self.rope)
     }
 }
 
@@ -249,8 +276,8 @@ fn lens<T: Pod>(sizes: &T) -> &[usize] {
 pub struct AnswerSizes {
     /// Of the prompt.
     pub prompt: ActivationSizes,
-    /// Of one new row, of whose residual stream decoding uses x alone.
-    pub one: ActivationSizes,
+    /// Of one new row.
+    pub one: RowSizes,
     /// Queries, keys and values of all positions, in each layer.
     pub cache: usize,
     pub logits: usize,
@@ -273,7 +300,7 @@ impl AnswerSizes {
         let (q, dim) = (config.num_attention_heads, config.head_dim);
         AnswerSizes {
             prompt: ActivationSizes::new(config, prompt_tokens, positions),
-            one: ActivationSizes::new(config, 1, positions),
+            one: RowSizes::new(config, positions),
             cache: positions * (config.q_dim() + 2 * config.kv_dim()),
             logits: vocab_rows(config),
             prompt_tokens,
@@ -349,7 +376,7 @@ mod tests {
             sentences: 400,
             tokens: 6000,
         };
-        let x_and_scaled = 999 * 896 * (4 + 2);
+        let stream = 999 * 896 * (2 + 2);
         let squares = 999 * 32 * 4;
         let attended = 999 * 14 * 64 * 2;
         let h = 999 * 4864 * 2;
@@ -368,7 +395,7 @@ mod tests {
         let tables = (6000 + 401 + 8 + 1 + 30) * 4;
         let parts = ReadSizes::new(&qwen(), &shape).parts().map(|(_, bytes)| bytes);
         let scoring = q + k + by_token + logits + stats + head_sums + row_weights;
-        let activations = x_and_scaled + squares + attended + h + rope;
+        let activations = stream + squares + attended + h + rope;
         assert_eq!(parts, [activations, 23 * qkv, scoring, state + logs + tables]);
     }
 
@@ -414,7 +441,8 @@ mod tests {
     #[test]
     fn an_answer_takes_the_sum_of_its_buffers() {
         let cache = 24 * 1100 * 18 * 64 * 2;
-        let row = 896 * (4 + 2) + 32 * 4 + 896 * 2 + 4864 * 2;
+        let row = 896 * (2 + 2) + 32 * 4 + 896 * 2 + 4864 * 2;
+        let new_row = 896 * 4 + 896 * 2 + 4864 * 2;
         let tables = 2 * 1100 * 32 * 8;
         // Of each query head and of each of 16 parts a sum of values, a maximum and a total.
         let parts = 14 * 16 * 66 * 4;
@@ -424,7 +452,7 @@ mod tests {
         let integers = (14 + 2 + 2 + 2 + 4) * 4;
         // Two numbers a column, and whether one was out of range.
         let fixed_row = (2 * 896 + 2) * 8;
-        let expected = cache + 1001 * row + tables + parts + logits_and_tokens + integers + fixed_row;
+        let expected = cache + 1000 * row + new_row + tables + parts + logits_and_tokens + integers + fixed_row;
         assert_eq!(AnswerSizes::new(&qwen(), 1000, 100).bytes(24), expected);
     }
 
@@ -434,6 +462,6 @@ mod tests {
         let both = long_prompt.union(&long_answer);
         assert!(!cover(&long_prompt, &long_answer) && !cover(&long_answer, &long_prompt));
         assert!(cover(&both, &long_prompt) && cover(&both, &long_answer));
-        assert_eq!((both.prompt.x, both.cache), (long_prompt.prompt.x, long_answer.cache));
+        assert_eq!((both.prompt.stream, both.cache), (long_prompt.prompt.stream, long_answer.cache));
     }
 }

@@ -4,7 +4,7 @@ use cudarc::driver::CudaSlice;
 use half::bf16;
 
 use super::device::Allocator;
-use super::memory::{ActivationSizes, ReadSizes};
+use super::memory::{ActivationSizes, ReadSizes, RowSizes};
 use super::ops::{DevicePlan, Residual, StepBuffers};
 use super::{CudaDevice, memory};
 use crate::Result;
@@ -29,17 +29,49 @@ impl Activations {
         model: &Model,
         sizes: ActivationSizes,
     ) -> Result<Activations> {
-        let table = RopeTable::new(&model.config, sizes.rope / model.config.head_dim);
-        let by_turns: Vec<f32> = table.cos.iter().zip(&table.sin).flat_map(|(cos, sin)| [*cos, *sin]).collect();
-        let mut rope = allocator.zeros(sizes.rope)?;
-        device.upload_into("copying the rotary table to the GPU", &by_turns, &mut rope)?;
         Ok(Activations {
-            residual: Residual::allocate(allocator, [sizes.x, sizes.x, sizes.squares])?,
+            residual: Residual::allocate(allocator, [sizes.stream, sizes.stream, sizes.squares])?,
             attended: allocator.zeros(sizes.attended)?,
             h: allocator.zeros(sizes.h)?,
-            rope,
+            rope: rope(device, allocator, model, sizes.rope)?,
         })
     }
+}
+
+/// The same of the one row of a new token, whose residual stream is plain.
+pub struct RowActivations {
+    /// `[hidden_size]`
+    pub x: CudaSlice<f32>,
+    /// `[num_attention_heads * head_dim]`
+    pub attended: CudaSlice<bf16>,
+    /// `[intermediate_size]`
+    pub h: CudaSlice<bf16>,
+    /// As above.
+    pub rope: CudaSlice<f32>,
+}
+
+impl RowActivations {
+    pub fn new(
+        device: &CudaDevice,
+        allocator: &mut Allocator,
+        model: &Model,
+        sizes: RowSizes,
+    ) -> Result<RowActivations> {
+        Ok(RowActivations {
+            x: allocator.zeros(sizes.x)?,
+            attended: allocator.zeros(sizes.attended)?,
+            h: allocator.zeros(sizes.h)?,
+            rope: rope(device, allocator, model, sizes.rope)?,
+        })
+    }
+}
+
+fn rope(device: &CudaDevice, allocator: &mut Allocator, model: &Model, len: usize) -> Result<CudaSlice<f32>> {
+    let table = RopeTable::new(&model.config, len / model.config.head_dim);
+    let by_turns: Vec<f32> = table.cos.iter().zip(&table.sin).flat_map(|(cos, sin)| [*cos, *sin]).collect();
+    let mut rope = allocator.zeros(len)?;
+    device.upload_into("copying the rotary table to the GPU", &by_turns, &mut rope)?;
+    Ok(rope)
 }
 
 /// Everything that reading a document takes beside the weights.

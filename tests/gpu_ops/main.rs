@@ -31,6 +31,7 @@ const EPS: f32 = 1e-6;
 const CANARIES: usize = 4096;
 const CANARY: bf16 = bf16::from_bits(0x7b7b);
 const WORD_CANARY: f32 = f32::from_bits(0x7b7b_7b7b);
+const REST_CANARY: u16 = 0x7b7b;
 
 /// Slots of the squares of a row of the residual stream: GLEANER_SQUARES in kernels.h.
 fn slots(width: usize) -> usize {
@@ -109,13 +110,17 @@ impl Gpu {
         self.with_canaries(&vec![CANARY; rows * width], width)
     }
 
-    /// A residual stream to be written: rows of `x`, the other buffers empty, canaries behind all.
-    fn residual_canaries(&self, x: &[f32], rows: usize, width: usize) -> Residual {
-        let canaries = |live: &[f32], width: usize| {
-            self.upload(&[live, &vec![WORD_CANARY; JUNK_ROWS * width + CANARIES]].concat())
-        };
-        let (scaled, squares) = (self.canaries(rows, width), vec![0.0; rows * slots(width)]);
-        Residual { x: canaries(x, width), scaled, squares: canaries(&squares, slots(width)) }
+    /// A residual stream to be written: rows of `x` scaled with `norm`, no squares, canaries behind all.
+    fn residual_canaries(&self, x: &[f32], norm: &[bf16]) -> Residual {
+        let (width, rows) = (norm.len(), x.len() / norm.len());
+        let halves = x.iter().zip(norm.iter().cycle()).map(|(x, weight)| split(x * stream_weight(*weight)));
+        let (scaled, rest): (Vec<bf16>, Vec<u16>) = halves.unzip();
+        let squares = [vec![0.0; rows * slots(width)], vec![WORD_CANARY; JUNK_ROWS * slots(width) + CANARIES]].concat();
+        Residual {
+            scaled: self.with_canaries(&scaled, width),
+            rest: self.upload(&[rest, vec![REST_CANARY; JUNK_ROWS * width + CANARIES]].concat()),
+            squares: self.upload(&squares),
+        }
     }
 
     /// A residual stream to be read, of which the products see rows of `scaled` and a factor for each; NaN behind them.
@@ -129,12 +134,11 @@ impl Gpu {
         };
         let factors = squares.chunks(slots).map(factor).collect();
         let squares = self.upload(&[&squares[..], &vec![f32::NAN; JUNK_ROWS * slots]].concat());
-        let x = self.upload(&[f32::NAN]);
-        (Residual { x, scaled: self.with_junk(scaled, width), squares }, factors)
+        (Residual { scaled: self.with_junk(scaled, width), rest: self.upload(&[REST_CANARY]), squares }, factors)
     }
 
-    /// What an op left in a residual stream, where `expected` is known of `x`, each within `allowed`: `x` itself, `x` times
-    /// `norm`, and sums of squares of what is there. Returns the worst error as a share of its bound.
+    /// What an op left in a residual stream that is scaled with `norm`, where `expected` is known of x, each within `allowed`: x
+    /// itself, the bf16 nearest to what is there, and sums of squares. Returns the worst error as a share of its bound.
     fn check_residual(
         &self,
         residual: &Residual,
@@ -144,14 +148,17 @@ impl Gpu {
         op: &str,
     ) -> f64 {
         let (live, width) = (expected.len(), norm.len());
-        let x = self.fetch(&residual.x);
+        let (scaled, rest) = (self.fetch(&residual.scaled), self.fetch(&residual.rest));
+        assert!(scaled[live..].iter().all(|value| *value == CANARY), "{op} wrote behind its rows");
+        assert!(rest[live..].iter().all(|value| *value == REST_CANARY), "{op} wrote the rest behind its rows");
+        let of_norm: Vec<f64> =
+            scaled.iter().zip(&rest).take(live).map(|(&scaled, &rest)| join(scaled, rest)).collect();
+        let nearest = |i: usize| of_norm[i].abs() * BF16_ROUNDING;
+        check_within(&scaled[..live].iter().map(|x| x.to_f64()).collect::<Vec<f64>>(), &of_norm, nearest, op);
+        let weights = norm.iter().cycle().map(|weight| stream_weight(*weight) as f64);
+        let x: Vec<f64> = of_norm.iter().zip(weights).map(|(x, weight)| x / weight).collect();
+        let worst = check_within(&x, expected, allowed, op);
         let is_canary = |value: &f32| value.to_bits() == WORD_CANARY.to_bits();
-        assert!(x[live..].iter().all(is_canary), "{op} wrote x behind its rows");
-        let x: Vec<f64> = x[..live].iter().map(|&value| value as f64).collect();
-        let mut worst = check_within(&x, expected, allowed, op);
-        let scaled = self.download(&residual.scaled, live, op);
-        let product: Vec<f64> = x.iter().zip(norm.iter().cycle()).map(|(x, weight)| x * weight.to_f64()).collect();
-        worst = worst.max(check(&scaled, &product, op));
         let (squares, live_slots) = (self.fetch(&residual.squares), live / width * slots(width));
         assert!(squares[live_slots..].iter().all(is_canary), "{op} wrote squares behind its rows");
         let sum = |row: &[f64]| row.iter().map(|x| x * x).sum::<f64>();
@@ -197,6 +204,23 @@ impl Gpu {
         let on_device = self.upload(&table);
         (table, on_device)
     }
+}
+
+/// A norm's weight as the residual stream is multiplied with it.
+fn stream_weight(weight: bf16) -> f32 {
+    let least = (1u64 << 60) as f32;
+    weight.to_f32().abs().max(least.recip()).copysign(weight.to_f32())
+}
+
+/// An fp32 as the residual stream has it: the bf16 nearest to it, and the bits that this lacks.
+fn split(x: f32) -> (bf16, u16) {
+    let bits = x.to_bits().wrapping_add(0x8000);
+    (bf16::from_bits((bits >> 16) as u16), bits as u16)
+}
+
+fn join(scaled: bf16, rest: u16) -> f64 {
+    let bits = (u32::from(scaled.to_bits()) << 16 | u32::from(rest)).wrapping_sub(0x8000);
+    f32::from_bits(bits) as f64
 }
 
 /// Rotates a head whose dimensions come as 8 of the lower half, 8 of the upper, and so on.

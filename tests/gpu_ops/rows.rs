@@ -1,10 +1,12 @@
 //! What works row by row: embedding and the head norms of Qwen3; and the checks of shapes.
 
 use gleaner::cuda::CudaDevice;
-use gleaner::cuda::ops::{DeviceLinear, Heads, Normed, Residual, Rotation, Rows, Starts};
+use gleaner::cuda::ops::{DeviceLinear, Heads, Normed, Residual, Rotation, Rows, Scaling, Starts};
 use half::bf16;
 
-use super::{CANARY, EPS, Gpu, JUNK_ROWS, Noise, check, noise, rotate};
+use super::{
+    CANARIES, CANARY, EPS, FP32_ROUNDING, Gpu, JUNK_ROWS, Noise, WORD_CANARY, check, check_within, noise, rotate,
+};
 
 /// `x / sqrt(mean(x^2) + eps) * weight`
 pub fn normalised(x: &[bf16], weight: &[bf16], eps: f32) -> Vec<f64> {
@@ -30,7 +32,7 @@ fn embed() {
             prompt[rows - 1] = vocab_size as u32 - 1;
             let prompt_gpu = gpu.upload(&[&vec![u32::MAX; first], &prompt[..], &[u32::MAX; JUNK_ROWS]].concat());
             let given = (first > 0).then(|| gpu.shift(0));
-            let mut out = gpu.residual_canaries(&vec![0.0; rows * hidden_size], rows, hidden_size);
+            let mut out = gpu.residual_canaries(&vec![0.0; rows * hidden_size], &norm);
             let live = gpu.rows(rows);
             gpu.device.embed(&mut out, &prompt_gpu, &embedding_gpu, &norm_gpu, live, given, hidden_size).unwrap();
             let expected: Vec<f64> = prompt
@@ -40,6 +42,15 @@ fn embed() {
                 .collect();
             let op = format!("embed [{rows}, {hidden_size}] from {first}");
             gpu.check_residual(&out, &expected, &norm, |_| 0.0, &op);
+            let mut last = gpu.upload(&vec![WORD_CANARY; hidden_size + CANARIES]);
+            gpu.device.stream_row(&mut last, &out, &norm_gpu, rows - 1, hidden_size).unwrap();
+            let last = gpu.fetch(&last);
+            let untouched = last[hidden_size..].iter().all(|value| value.to_bits() == WORD_CANARY.to_bits());
+            assert!(untouched, "{op}: stream_row wrote behind its row");
+            let last: Vec<f64> = last[..hidden_size].iter().map(|&value| value as f64).collect();
+            let expected = &expected[(rows - 1) * hidden_size..];
+            // A reciprocal and a product.
+            check_within(&last, expected, |i| expected[i].abs() * 4.0 * FP32_ROUNDING, &format!("stream_row of {op}"));
         }
     }
 }
@@ -104,10 +115,11 @@ fn wrong_shapes_are_errors() {
     }
     assert!(gpu.device.embed(&mut stream, &prompt, &x, &x, rows(8), None, 8).is_ok());
     let (linear, ..) = gpu.linear(16, 8, true);
-    let error = gpu.device.gemm_residual(&mut stream, &x, &linear, &x, rows(9)).unwrap_err();
+    let norms = Scaling { from: &x, to: &x };
+    let error = gpu.device.gemm_residual(&mut stream, &x, &linear, norms, rows(9)).unwrap_err();
     assert!(error.to_string().contains("gemm_residual [9, 16, 8]"), "{error}");
     let wide = DeviceLinear::new(gpu.upload(&[bf16::ZERO; 64]), None, 1 << 22, 8);
-    let error = gpu.device.gemm_residual(&mut stream, &x, &wide, &x, rows((1 << 20) - 1)).unwrap_err();
+    let error = gpu.device.gemm_residual(&mut stream, &x, &wide, norms, rows((1 << 20) - 1)).unwrap_err();
     let expected = if gpu.device.runs_hopper_kernels() { "too many tiles" } else { "smaller" };
     assert!(error.to_string().contains(expected), "{error}");
     let (linear, ..) = gpu.linear(32, 8, true);

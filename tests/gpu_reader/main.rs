@@ -51,7 +51,7 @@ fn share_in_common(a: &BTreeSet<u32>, b: &BTreeSet<u32>) -> f64 {
 /// hand, was off by 0.19 at most in as many plans: half as much again is too much for any.
 const SCORE_TOLERANCE: f32 = 0.06;
 const WORST_SCORE_TOLERANCE: f32 = 0.28;
-const PLANS: u32 = 7;
+const PLANS: u32 = 21;
 
 /// Logits of these models reach 8; a hidden state rounded to bf16 a few times on its way moves them by a few 2^-8 of that.
 const LOGIT_TOLERANCE: f32 = 0.15;

@@ -44,6 +44,7 @@ fn expected_calls(
         (("read", "question_scores"), steps),
         (("read", "select"), steps),
         (("prefill", "embed"), 1),
+        (("prefill", "stream_row"), 1),
         (("prefill", "gemv_logits"), 1),
         (("prefill", "sample"), 1),
         (("decode", "gemv_logits"), tokens),

@@ -82,13 +82,14 @@ impl DeviceLinear {
     }
 }
 
-/// The residual stream of some rows, with what the products behind it are made of.
+/// The residual stream x of some rows, as what the products behind it are made of: times the weights of the norm that comes
+/// next, where a weight nearer to zero than 2^-60 counts as that. In fp32, of which half of the bits lie elsewhere.
 pub struct Residual {
-    /// The stream itself, `[rows, width]`.
-    pub x: CudaSlice<f32>,
-    /// `x` times the weights of the norm that comes next, `[rows, width]`.
+    /// That, to the nearest bf16, `[rows, width]`.
     pub scaled: CudaSlice<bf16>,
-    /// Sums of the squares of `x` by parts of a row, for the norm. Parts that no column belongs to must stay zero.
+    /// What it lacks, `[rows, width]`: the bits of the fp32 are those of `scaled` followed by these, less 0x8000.
+    pub rest: CudaSlice<u16>,
+    /// Sums of the squares of x by parts of a row, for the norm. Those that no op has written must be zero.
     pub squares: CudaSlice<f32>,
 }
 
@@ -108,9 +109,25 @@ impl Residual {
         Residual::allocate(&mut Allocator::new(device), Residual::lens(rows, width))
     }
 
-    pub(in crate::cuda) fn allocate(allocator: &mut Allocator, [x, scaled, squares]: [usize; 3]) -> Result<Residual> {
-        Ok(Residual { x: allocator.zeros(x)?, scaled: allocator.zeros(scaled)?, squares: allocator.zeros(squares)? })
+    pub(in crate::cuda) fn allocate(
+        allocator: &mut Allocator,
+        [scaled, rest, squares]: [usize; 3],
+    ) -> Result<Residual> {
+        Ok(Residual {
+            scaled: allocator.zeros(scaled)?,
+            rest: allocator.zeros(rest)?,
+            squares: allocator.zeros(squares)?,
+        })
     }
+}
+
+/// Weights of the norms that a residual stream is scaled with, each `[width]`.
+#[derive(Clone, Copy)]
+pub struct Scaling<'a> {
+    /// Before an op.
+    pub from: &'a CudaSlice<bf16>,
+    /// From then on: those of the norm that comes next.
+    pub to: &'a CudaSlice<bf16>,
 }
 
 /// The residual stream behind the norm whose weights it was scaled with.
@@ -231,7 +248,7 @@ impl CudaDevice {
     ) -> Result<()> {
         let lens = Residual::lens(rows, width);
         let fits =
-            [residual.x.len(), residual.scaled.len(), residual.squares.len()].iter().zip(lens).all(|(a, b)| *a >= b);
+            [residual.scaled.len(), residual.rest.len(), residual.squares.len()].iter().zip(lens).all(|(a, b)| *a >= b);
         require(fits, op, "the residual stream has fewer rows")?;
         require(norm.len() >= width, op, "the norm is narrower than the residual stream")
     }
@@ -258,15 +275,16 @@ impl CudaDevice {
         self.check_residual(&op, residual, norm, rows.max, width)?;
         require(prompt.len() >= rows.max && embedding.len() >= width, op, "a buffer is smaller than its rows")?;
         let (count, first) = (self.count(rows)?, self.shift(first)?);
-        let _kernel = self.kernel("embed", "", rows.max, Work::Elementwise { width: 2 * width });
+        // Read in bf16, written in fp32.
+        let _kernel = self.kernel("embed", "", rows.max, Work::Elementwise { width: width / 2 * 3 });
         // SAFETY: the buffers live on this stream's device and hold the rows that the kernel touches (checked above);
         // allocations are aligned to 256 bytes, so rows of a multiple of 8 elements are aligned for 16-byte loads. Ids were
         // checked against the embedding when the plan or prompt was validated.
         check(
             unsafe {
                 ffi::gleaner_embed(
-                    self.address_mut(&mut residual.x) as *mut f32,
                     self.address_mut(&mut residual.scaled),
+                    self.address_mut(&mut residual.rest),
                     self.address_mut(&mut residual.squares) as *mut f32,
                     self.address(prompt) as *const u32,
                     self.address(embedding),
@@ -282,8 +300,42 @@ impl CudaDevice {
         )
     }
 
-    /// `x += a weight^T + bias`, and what goes with `x` in the residual stream; `a` is `[rows, k]`. `norm` `[n]` is the weight
-    /// of the norm that comes next.
+    /// Row `row` of the residual stream as it is, `[width]`, where `norm` `[width]` is what it is scaled with.
+    ///
+    /// # Errors
+    /// As [`CudaDevice::embed`].
+    pub fn stream_row(
+        &self,
+        x: &mut CudaSlice<f32>,
+        residual: &Residual,
+        norm: &CudaSlice<bf16>,
+        row: usize,
+        width: usize,
+    ) -> Result<()> {
+        let op = || format!("stream_row {row} of [*, {width}]");
+        let valid = width > 0 && width.is_multiple_of(2) && width < 1 << 20 && row < MAX_ROWS;
+        require(valid, op, "the width must be even and below 1048576, the row below 1048575")?;
+        self.check_residual(&op, residual, norm, row + 1, width)?;
+        require(x.len() >= width, op, "the row is narrower than the residual stream")?;
+        let _kernel = self.kernel("stream_row", "", 1, Work::Uncounted);
+        // SAFETY: as in `embed`.
+        check(
+            unsafe {
+                ffi::gleaner_stream_row(
+                    self.address_mut(x) as *mut f32,
+                    self.address(&residual.scaled),
+                    self.address(&residual.rest),
+                    self.address(norm),
+                    row as c_int,
+                    width as c_int,
+                    self.raw_stream(),
+                )
+            },
+            op,
+        )
+    }
+
+    /// `x += a weight^T + bias` for the x of the residual stream; `a` is `[rows, k]`, norms are `[n]`.
     ///
     /// # Errors
     /// As [`CudaDevice::embed`].
@@ -292,12 +344,13 @@ impl CudaDevice {
         residual: &mut Residual,
         a: &CudaSlice<bf16>,
         linear: &DeviceLinear,
-        norm: &CudaSlice<bf16>,
+        norms: Scaling,
         rows: Rows,
     ) -> Result<()> {
         let op = || format!("gemm_residual [{}, {}, {}]", rows.max, linear.n, linear.k);
-        self.check_linear(&op, residual.x.len(), a.len(), linear, rows.max)?;
-        self.check_residual(&op, residual, norm, rows.max, linear.n)?;
+        self.check_linear(&op, residual.scaled.len(), a.len(), linear, rows.max)?;
+        self.check_residual(&op, residual, norms.from, rows.max, linear.n)?;
+        self.check_residual(&op, residual, norms.to, rows.max, linear.n)?;
         let count = self.count(rows)?;
         let launch = match self.runs_hopper_kernels() {
             true => ffi::gleaner_gemm_sm90_residual,
@@ -308,13 +361,14 @@ impl CudaDevice {
         check(
             unsafe {
                 launch(
-                    self.address_mut(&mut residual.x) as *mut f32,
                     self.address_mut(&mut residual.scaled),
+                    self.address_mut(&mut residual.rest),
                     self.address_mut(&mut residual.squares) as *mut f32,
                     self.address(a),
                     self.address(&linear.weight),
                     self.bias(linear),
-                    self.address(norm),
+                    self.address(norms.from),
+                    self.address(norms.to),
                     count,
                     rows.max as c_int,
                     linear.n as c_int,
