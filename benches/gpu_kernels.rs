@@ -1,5 +1,6 @@
 //! Each kernel alone, at the shapes of a reading step and of a token of an answer, beside NVIDIA's product of the same
-//! shape: `cargo bench --bench gpu_kernels -- [SHAPE] [--json]`, SHAPE as in `gleaner bench`, qwen2.5-0.5b if not given.
+//! shape: `cargo bench --bench gpu_kernels -- [SHAPE] [--json] [--sustained]`, SHAPE as in `gleaner bench`, qwen2.5-0.5b if not
+//! given.
 //!
 //! A kernel is recorded many times over operands that take turns and together exceed the L2 cache, and the record is
 //! timed. Bytes and FLOPs are those of `gleaner::timings::Work`, as in `gleaner ask --timings`. The share is that of the time
