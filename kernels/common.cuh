@@ -63,7 +63,7 @@ __device__ inline float exp2_fast(float x) {
     return y;
 }
 
-// 1 / x, off by 2^-23 at most, and zero where it would be subnormal.
+// 1 / x, off by 2^-23 of it at most, and zero where it would be subnormal; x is not.
 __device__ inline float reciprocal(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -48,7 +48,8 @@ inline RowNorm row_norm(const float *squares, int32_t width, float eps) {
     return {squares, GLEANER_SQUARES(width), static_cast<float>(width), eps};
 }
 
-constexpr int kSlotColumns = GLEANER_SQUARES_COLUMNS / GLEANER_SQUARES_SLOTS;  // of x, whose squares go to one slot at most
+// Of x, whose squares are summed together: here in one slot, on Hopper of some in two.
+constexpr int kSlotColumns = GLEANER_SQUARES_COLUMNS / GLEANER_SQUARES_SLOTS;
 
 // Adds to the residual stream, as stream.cuh has it: what comes out is scaled with the weights of another norm.
 struct Residual {

@@ -131,7 +131,7 @@ __device__ inline size_t start_of(int row, int width) {
     return static_cast<size_t>(static_cast<uint32_t>(row)) * static_cast<uint32_t>(width);
 }
 
-// Whole lines of the stream: eight threads a row, two rows each, eight columns of each.
+// Whole lines of the stream, where no tile of 112 columns cuts them: eight threads a row, two rows each, eight columns of each.
 //
 // Squares are summed by 32 columns in one order, whatever the tile: else a row's sum, and all that becomes of it, would depend
 // in its last bits on the tile, and so on the number of rows. But where tiles of 112 columns are allowed, every seventh of
@@ -147,7 +147,7 @@ struct AddToStream {
     // Whether there is room for that, and the width is one of tiles of 112.
     __host__ __device__ bool shares_slots() const { return n % 224 == 0 && n / 28 <= slots; }
     struct OfTile {
-        float4 weights[2], back[2];  // of the thread's columns of a chunk
+        float4 weights[2], back[2];  // of the thread's columns of a chunk, for both its passes
     };
     template <int kColumns>
     struct Loaded {

@@ -2,8 +2,8 @@
 //
 // The warpgroups that multiply share a tile. A layer has few tiles, often one a CTA, so that everything beside the product
 // shows: above all code that runs once and has to be fetched first, and waiting for what the epilogue reads. So the latter
-// comes through the ring behind the last stage of the product; a warp brings its sums through shared memory, 32 columns at a
-// time; and what follows is one short loop over rows of them.
+// comes through the ring behind the last stage of the product; a warp brings its sums through shared memory, some rows
+// and columns at a time; and what follows is one short loop over rows of them.
 #include <algorithm>
 #include <atomic>
 
@@ -97,7 +97,7 @@ __device__ void finish(const Epilogue &epilogue, const float (&c)[T::n / 2], con
     constexpr int kChunk = Epilogue::kChunk, kPassRows = Epilogue::kPassRows, kOfChunk = 16 / kPassRows;
     constexpr int kPasses = (T::n + kChunk - 1) / kChunk * kOfChunk;
     constexpr bool kOnce = Epilogue::kPairPerChunk;
-    static_assert(kOnce || kMostHeadDim / 32 / 2 <= T::kStages);
+    static_assert(kOnce || kMostHeadDim / kChunk / 2 <= T::kStages);
     typename T::At first = at;
     if constexpr (!kOnce)
         for (int stage = side_stages<T>(epilogue); stage > 0; --stage, at.next())
@@ -264,8 +264,8 @@ int32_t launch(const void *a, int a_rows, const void *weight, const Operands &op
     int in_fours;
     if (const int32_t status = count_fours<Epilogue>(&in_fours)) return status;
     const int64_t of_two = cost(Two{}, clusters), of_three = cost(Three{}, clusters);
-    // What clusters of four save in copies is worth a sixteenth at least, by measurement of o and down; so are tiles beside each
-    // other.
+    // Clusters of four, and tiles beside each other in clusters of two or four, count a sixteenth less for what they save in
+    // copies, by measurement of down; o gains less.
     const int64_t of_four = in_fours > 0 ? cost(InFours{}, in_fours) * 15 / 16 : INT64_MAX;
     const int64_t least = std::min({of_two, of_three, of_four});
     if constexpr (Epilogue::kMayShareSlots) {

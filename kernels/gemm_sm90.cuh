@@ -15,7 +15,8 @@
 // one started, and asks for weights, as many as the ring has stages for.
 //
 // Rows of a beyond the live count may hold anything: a row of a touches its own row of the product alone. Strips of 64 rows
-// without a live row are not fetched; gate and up multiplies what lies in their place, the others do not.
+// without a live row, or of tiles beside each other the parts that a CTA copies, are not fetched; gate and up multiplies what lies
+// in place of such strips, the others do not.
 #pragma once
 
 #include "epilogue.cuh"
@@ -31,7 +32,7 @@ template <int kRows, int kColumns, int kRingBytes, int kCtas, int kStageColumns 
 struct Tile {
     static constexpr int m = kRows, n = kColumns, kCluster = kCtas;
     static constexpr bool kBeside = kAllBeside;
-    // What a CTA copies at once: rows of a, if it shares them, and of the weight.
+    // What a CTA copies at once: rows of a, if it shares them or not all are live, and of the weight.
     static constexpr int kPartRows = kBeside ? m / kCluster : kStrip;
     static constexpr int weight_rows(int columns) { return kBeside ? columns : columns / kCluster; }
     static constexpr int kABytes = m * kTileK * 2, kWeightBytes = n * kTileK * 2;
@@ -55,8 +56,8 @@ struct Operands {
 //
 // Of four, in squares, and in a last column without a second, one below the other.
 //
-// Or all beside each other: less is fetched of a and more of the weight, but no tile is for nobody as long as the columns of
-// tiles are a multiple of the CTAs, which may leave no cluster without work where squares do.
+// Or all beside each other: a CTA fetches less of a and more of the weight. No tile is for nobody where the columns of tiles are
+// a multiple of the CTAs; squares need an even number of rows of tiles, too.
 struct Schedule {
     // A CTA's tile of a block. So many of the block's tiles lie below each other, and share their weights; those beside each
     // other share rows of a.
@@ -178,7 +179,7 @@ struct Menu {
     }
 };
 
-// a in boxes of as many rows as a tile has, and as a CTA copies at once if it shares them; and the weight, for each width of a
+// a in boxes of as many rows as a tile has, and as a CTA copies at once else; and the weight, for each width of a
 // tile in boxes of as many rows as a CTA copies at once.
 struct Maps {
     CUtensorMap rows, part, weight[kMostWidths];

@@ -20,8 +20,9 @@ const char *gleaner_error_string(int32_t status);
 // - rest, uint16 [rows, width]: what scaled lacks of that in fp32, whose bits are (scaled << 16 | rest) - 0x8000;
 // - squares, fp32 [rows, GLEANER_SQUARES(width)], whose sum over a row is that of the squares of x. A product that is made of
 //   scaled is multiplied, row by row, with 1 / sqrt(sum / width + eps): that is the norm.
-// Of squares, kernels write what their columns own, some of a kernel's for Hopper behind those of all columns. Other elements
-// must be zero.
+// Of squares, a kernel writes those of its columns. Of some 32 columns gleaner_gemm_sm90_residual writes two, the second behind
+// those of all columns, and gleaner_gemm_residual leaves that as it is: gleaner_embed must come between the two. Elements that no
+// kernel has written must be zero.
 #define GLEANER_SQUARES_COLUMNS 512
 #define GLEANER_SQUARES_SLOTS 16
 #define GLEANER_SQUARES(width) \

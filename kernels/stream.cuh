@@ -1,6 +1,7 @@
 // The residual stream, of which kernels hand on x times the weights of the norm that comes next, as fp32 in two halves:
 // `scaled`, the nearest bf16, of which the next product is made, and `rest`, the bits that it lacks. Of the bits of the fp32
-// plus 0x8000, scaled is the upper half and rest the lower one. Nothing is lost between kernels but by the product and quotient.
+// plus 0x8000, scaled is the upper half and rest the lower one: ties go away from zero. Nothing is lost between kernels but by
+// product and quotient. Of numbers that are not finite scaled may be one that is; the sums of squares tell.
 #pragma once
 
 #include "common.cuh"

@@ -136,7 +136,7 @@ impl CudaDevice {
         self.hopper
     }
 
-    /// Makes it run the kernels that every GPU can run, for comparison.
+    /// Makes it run the kernels that every GPU can run, for comparison. Not between two operations on one residual stream.
     pub fn run_portable_kernels(&mut self) {
         self.hopper = false;
     }

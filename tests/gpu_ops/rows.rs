@@ -49,7 +49,7 @@ fn embed() {
             assert!(untouched, "{op}: stream_row wrote behind its row");
             let last: Vec<f64> = last[..hidden_size].iter().map(|&value| value as f64).collect();
             let expected = &expected[(rows - 1) * hidden_size..];
-            // A reciprocal and a product.
+            // A product, a reciprocal, off by twice as much, and a product.
             check_within(&last, expected, |i| expected[i].abs() * 4.0 * FP32_ROUNDING, &format!("stream_row of {op}"));
         }
     }

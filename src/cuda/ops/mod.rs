@@ -89,7 +89,8 @@ pub struct Residual {
     pub scaled: CudaSlice<bf16>,
     /// What it lacks, `[rows, width]`: the bits of the fp32 are those of `scaled` followed by these, less 0x8000.
     pub rest: CudaSlice<u16>,
-    /// Sums of the squares of x by parts of a row, for the norm. Those that no op has written must be zero.
+    /// Sums of the squares of x by parts of a row, for the norm. Which parts is up to the kernels: from one `embed` to the next, a
+    /// stream is for Hopper's alone or for the portable ones alone. Those that no op has written must be zero.
     pub squares: CudaSlice<f32>,
 }
 
@@ -303,7 +304,7 @@ impl CudaDevice {
     /// Row `row` of the residual stream as it is, `[width]`, where `norm` `[width]` is what it is scaled with.
     ///
     /// # Errors
-    /// As [`CudaDevice::embed`].
+    /// [`Error::Cuda`] if a buffer is too small, `width` is odd, or the launch fails.
     pub fn stream_row(
         &self,
         x: &mut CudaSlice<f32>,
