@@ -94,8 +94,8 @@ template <class T, class Epilogue>
 __device__ void finish(const Epilogue &epilogue, const float (&c)[T::n / 2], const Stages &stages, uint32_t staged,
                        typename T::At &at, int row, int tile_column, typename Epilogue::OfTile &of_tile,
                        const typename Epilogue::template Loaded<T::n> &loaded) {
-    constexpr int kChunk = Epilogue::kChunk, kPassRows = Epilogue::kPassRows, kOfChunk = 16 / kPassRows;
-    constexpr int kPasses = (T::n + kChunk - 1) / kChunk * kOfChunk;
+    constexpr int kChunk = Epilogue::kChunk, kPassRows = Epilogue::kPassRows, kPassesOfChunk = 16 / kPassRows;
+    constexpr int kPasses = (T::n + kChunk - 1) / kChunk * kPassesOfChunk;
     constexpr bool kOnce = Epilogue::kPairPerChunk;
     static_assert(kOnce || kMostHeadDim / kChunk / 2 <= T::kStages);
     typename T::At first = at;
@@ -115,7 +115,7 @@ __device__ void finish(const Epilogue &epilogue, const float (&c)[T::n / 2], con
     const uint32_t own = own_row + lane % 4 / 2 * 16, own_swapped = own_row + (lane % 4 / 2 ^ 1) * 16;
 #pragma unroll 1
     for (int pass = 0; pass < kPasses; ++pass) {
-        const int chunk = pass / kOfChunk, half = pass % kOfChunk;
+        const int chunk = pass / kPassesOfChunk, half = pass % kPassesOfChunk;
         if (tile_column + chunk * kChunk < end) {
             // Registers have no index: each pass has code of its own here.
 #pragma unroll
@@ -126,11 +126,11 @@ __device__ void finish(const Epilogue &epilogue, const float (&c)[T::n / 2], con
                         const uint32_t to = j < 4 ? own + j * 32 : own_swapped + (j * 2 ^ 2) * 16;
                         const auto bring = [&](int group) {
                             if (group < 0 || group >= T::n / 8) return;
-                            const float *sums = c + group * 4 + which % kOfChunk * 2;
+                            const float *sums = c + group * 4 + which % kPassesOfChunk * 2;
                             store_shared(to, sums[0], sums[1]);
                             if (kPassRows == 16) store_shared(to + 8 * kPitchBytes<Epilogue>, sums[2], sums[3]);
                         };
-                        const int group = which / kOfChunk * (kChunk / 8) + j;
+                        const int group = which / kPassesOfChunk * (kChunk / 8) + j;
                         constexpr int kGroupsBefore = kMostBefore<T, Epilogue> / 8;
                         if (kGroupsBefore > 0 && before > 0)
                             bring(group - kGroupsBefore);
@@ -143,7 +143,7 @@ __device__ void finish(const Epilogue &epilogue, const float (&c)[T::n / 2], con
         if (tile_column + chunk * kChunk < end)
             epilogue.template finish<T>(staged, box_at, row, tile_column, chunk, half, begin, end, of_tile, loaded);
         __syncwarp();
-        if (kOnce && half == kOfChunk - 1) release_stages<T>(stages, at, 1);
+        if (kOnce && half == kPassesOfChunk - 1) release_stages<T>(stages, at, 1);
     }
     if constexpr (!kOnce) release_stages<T>(stages, first, side_stages<T>(epilogue));
 }
