@@ -17,9 +17,9 @@ struct RowNorm {
     int slots;
     float width, eps;
 
-    // Computes those of so many rows, which the four lanes of a quad ask for together. Rows are asked for at once: one after
-    // another, each would take the latency of memory.
-    template <int kRows>
+    // Computes those of so many rows, which the four lanes of a quad ask for together: kAtOnce groups of 16 slots of all rows at
+    // once, for one after another, each would take the latency of memory.
+    template <int kAtOnce, int kRows>
     __device__ void factors(float (&of)[kRows], const int (&rows)[kRows]) const {
         const float4 *at[kRows];
 #pragma unroll
@@ -27,13 +27,22 @@ struct RowNorm {
             at[i] = reinterpret_cast<const float4 *>(squares + static_cast<size_t>(rows[i]) * slots) + threadIdx.x % 4;
             of[i] = 0.f;
         }
-#pragma unroll 2
-        for (int slot = 0; slot < slots / 16; ++slot) {
-            float4 parts[kRows];
+        const int groups = slots / 16;
+#pragma unroll 1
+        for (int first = 0; first < groups; first += kAtOnce) {
+            float4 parts[kAtOnce][kRows];
 #pragma unroll
-            for (int i = 0; i < kRows; ++i) parts[i] = __ldcg(at[i] + slot * 4);
+            for (int group = 0; group < kAtOnce; ++group)
 #pragma unroll
-            for (int i = 0; i < kRows; ++i) of[i] += parts[i].x + parts[i].y + (parts[i].z + parts[i].w);
+                for (int i = 0; i < kRows; ++i)
+                    parts[group][i] = first + group < groups ? __ldcg(at[i] + (first + group) * 4) : float4{};
+#pragma unroll
+            for (int group = 0; group < kAtOnce; ++group)
+#pragma unroll
+                for (int i = 0; i < kRows; ++i) {
+                    const float4 &part = parts[group][i];
+                    of[i] += part.x + part.y + (part.z + part.w);
+                }
         }
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {

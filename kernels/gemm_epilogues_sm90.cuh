@@ -76,15 +76,15 @@ struct OfColumns {
         for (uint32_t &word : weights.words) word = stream_weights(word);
         return weights;
     }
-    // Those of four columns from the tile's column `at` on. All lanes ask at once, with the same at / 64.
-    __device__ float4 four(int at) const {
+    // Those of so many words of two columns, from column `at` of the 64 of number `which` on. All lanes ask at once for the same 64.
+    template <int kCount>
+    __device__ void words_at(uint32_t (&of)[kCount], int which, int at) const {
         uint32_t word = words[0];
 #pragma unroll
         for (int i = 1; i < kWords; ++i)
-            if (at >= i * 64) word = words[i];
-        const float2 low = unpack(__shfl_sync(0xffffffffu, word, at % 64 / 2));
-        const float2 high = unpack(__shfl_sync(0xffffffffu, word, at % 64 / 2 + 1));
-        return {low.x, low.y, high.x, high.y};
+            if (which >= i) word = words[i];
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) of[i] = __shfl_sync(0xffffffffu, word, at / 2 + i);
     }
 };
 
@@ -124,7 +124,7 @@ __device__ inline float4 scaled_sum(float4 a, float factor, float4 b) {
 }
 
 // Where piece `piece` of 16 bytes of a row of a box lies in it.
-__device__ inline uint32_t side_offset(int row, int piece) { return row * kSideRowBytes + (piece ^ row % 8) * 16; }
+__device__ inline uint32_t side_offset(uint32_t row, uint32_t piece) { return row * kSideRowBytes + (piece ^ row % 8) * 16; }
 
 // Where a row starts. Neither number is negative, which saves a register each.
 __device__ inline size_t start_of(int row, int width) {
@@ -154,12 +154,19 @@ struct AddToStream {
         OfColumns<kColumns> scaled_by, norm;
     };
     __device__ void start(const Schedule &schedule) { rows = schedule.rows; }
-    // The two rows of a thread, of the warp's 16.
-    __device__ static int row_of(int half, int i) { return half * kPassRows + static_cast<int>(threadIdx.x) % 32 / 8 + i * 4; }
-    __device__ static float4 load_staged(uint32_t staged, int i, int piece) {
-        return load_shared(staged + row_of(0, i) * kPitchBytes<AddToStream> + swapped(piece) * 16);
-    }
     __device__ OfTile load_tile(int) const { return {}; }
+    // A bias, which few layers have, is added before the passes: there it would cost them something where there is none.
+    template <int kColumns>
+    __device__ void prepare(float (&c)[kColumns / 2], int tile_column) const {
+        if (!bias) return;
+#pragma unroll
+        for (int group = 0; group < kColumns / 8; ++group) {
+            const int column = min(tile_column + group * 8 + static_cast<int>(threadIdx.x) % 4 * 2, n - 2);
+            const float2 of_bias = unpack(__ldg(reinterpret_cast<const uint32_t *>(bias + column)));
+            c[group * 4] += of_bias.x, c[group * 4 + 1] += of_bias.y;
+            c[group * 4 + 2] += of_bias.x, c[group * 4 + 3] += of_bias.y;
+        }
+    }
     template <int kColumns>
     __device__ Loaded<kColumns> load(int tile_column) const {
         return {OfColumns<kColumns>{scaled_by, tile_column, n}.of_stream(),
@@ -168,44 +175,53 @@ struct AddToStream {
     template <class T, class BoxAt>
     __device__ void finish(uint32_t staged, const BoxAt &box_at, int row, int tile_column, int chunk, int half, int begin,
                            int end, OfTile &of_tile, const Loaded<T::n> &loaded) const {
-        const int part = threadIdx.x % 8, in_tile = chunk * kChunk + part * 8, column = tile_column + in_tile;
-        if (half == 0)
+        const uint32_t lane = threadIdx.x % 32, part = lane % 8, first_row = lane / 8;
+        const int column = tile_column + chunk * kChunk + static_cast<int>(part) * 8;
+        if (half == 0) {
+            uint32_t weights[4], back[4];
+            loaded.norm.words_at(weights, chunk, part * 8);
+            loaded.scaled_by.words_at(back, chunk, part * 8);
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                of_tile.weights[i] = loaded.norm.four(in_tile + i * 4);
-                const float4 by = loaded.scaled_by.four(in_tile + i * 4);
+                of_tile.weights[i] = unpack_four(weights[i * 2], weights[i * 2 + 1]);
+                const float4 by = unpack_four(back[i * 2], back[i * 2 + 1]);
                 of_tile.back[i] = {reciprocal(by.x), reciprocal(by.y), reciprocal(by.z), reciprocal(by.w)};
             }
-        const bool inside = (kMostBefore<T, AddToStream> == 0 || column >= begin) && column < end;
-        const uint32_t upper_box = box_at(chunk * 2), lower_box = box_at(chunk * 2 + 1);
-        float squares_of[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const uint32_t at = side_offset(row_of(half, i), part);
-            const uint4 upper = load_words(upper_box + at), lower = load_words(lower_box + at);
-            float4 low = load_staged(staged, i, part * 2), high = load_staged(staged, i, part * 2 + 1);
-            if (bias && inside) {
-                const uint4 of_bias = __ldg(reinterpret_cast<const uint4 *>(bias + column));
-                low = scaled_sum(low, 1.f, unpack_four(of_bias.x, of_bias.y));
-                high = scaled_sum(high, 1.f, unpack_four(of_bias.z, of_bias.w));
-            }
-            low = scaled_sum(join_four(upper.x, upper.y, lower.x, lower.y), of_tile.back[0], low);
-            high = scaled_sum(join_four(upper.z, upper.w, lower.z, lower.w), of_tile.back[1], high);
-            squares_of[i] = inside ? square(low) + square(high) : 0.f;
-            if (inside && row + row_of(half, i) < rows) {
-                const float4 &by_low = of_tile.weights[0], &by_high = of_tile.weights[1];
-                uint4 to_scaled, to_rest;
-                split_pair(low.x * by_low.x, low.y * by_low.y, to_scaled.x, to_rest.x);
-                split_pair(low.z * by_low.z, low.w * by_low.w, to_scaled.y, to_rest.y);
-                split_pair(high.x * by_high.x, high.y * by_high.y, to_scaled.z, to_rest.z);
-                split_pair(high.z * by_high.z, high.w * by_high.w, to_scaled.w, to_rest.w);
-                const size_t to = start_of(row + row_of(half, i), n) + column;
-                *reinterpret_cast<uint4 *>(scaled + to) = to_scaled;
-                *reinterpret_cast<uint4 *>(rest + to) = to_rest;
-            }
         }
+        // The thread's rows are four apart, for which in a box another bit of a piece's place changes, and its two pieces of
+        // sums lie beside each other or, swapped, the other way round.
+        const uint32_t in_box = side_offset(half * kPassRows + first_row, part);
+        const uint32_t upper_at = box_at(chunk * 2) + in_box, lower_at = box_at(chunk * 2 + 1) + in_box;
+        const uint32_t low_at = staged + first_row * kPitchBytes<AddToStream> + swapped(part * 2) * 16, high_at = low_at ^ 16;
+        const int row_0 = row + half * kPassRows + static_cast<int>(first_row);
+        const size_t to_0 = start_of(row_0, n) + column;
+        const bool inside = (kMostBefore<T, AddToStream> == 0 || column >= begin) && column < end;
+        float squares_of[2] = {};
+        if (inside)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const uint32_t further = i * 4 * kSideRowBytes, flipped = i * 64;
+                const uint4 upper = load_words((upper_at ^ flipped) + further), lower = load_words((lower_at ^ flipped) + further);
+                float4 low = load_shared(low_at + i * 4 * kPitchBytes<AddToStream>);
+                float4 high = load_shared(high_at + i * 4 * kPitchBytes<AddToStream>);
+                low = scaled_sum(join_four(upper.x, upper.y, lower.x, lower.y), of_tile.back[0], low);
+                high = scaled_sum(join_four(upper.z, upper.w, lower.z, lower.w), of_tile.back[1], high);
+                squares_of[i] = square(low) + square(high);
+                if (row_0 + i * 4 < rows) {
+                    const float4 &by_low = of_tile.weights[0], &by_high = of_tile.weights[1];
+                    uint4 to_scaled, to_rest;
+                    split_pair(low.x * by_low.x, low.y * by_low.y, to_scaled.x, to_rest.x);
+                    split_pair(low.z * by_low.z, low.w * by_low.w, to_scaled.y, to_rest.y);
+                    split_pair(high.x * by_high.x, high.y * by_high.y, to_scaled.z, to_rest.z);
+                    split_pair(high.z * by_high.z, high.w * by_high.w, to_scaled.w, to_rest.w);
+                    const size_t to = to_0 + static_cast<uint32_t>(i * 4 * n);
+                    *reinterpret_cast<uint4 *>(scaled + to) = to_scaled;
+                    *reinterpret_cast<uint4 *>(rest + to) = to_rest;
+                }
+            }
         static_assert(kSlotColumns == 32, "four threads have a slot's columns");
-        const int square_row = row + row_of(half, part % 2), slot = column / kSlotColumns;
+        const int square_row = row_0 + static_cast<int>(part % 2) * 4;
+        const uint32_t slot = static_cast<uint32_t>(column) / kSlotColumns;
         const bool second = part & 2, shared = shares_slots() && slot % 7 == 3;
         const float of_pair = sum_of_pair(squares_of), of_quad = of_pair + __shfl_xor_sync(0xffffffffu, of_pair, 2);
         if ((shared || !second) && inside && square_row < rows)
@@ -244,10 +260,12 @@ struct RotateHeads {
     __device__ static int row_of(int i) { return threadIdx.x % 32 / 4 + i * 8; }
     __device__ OfTile load_tile(int row) const {
         OfTile of_tile;
-        norm.factors(of_tile.factors,
+        norm.factors<4>(of_tile.factors,
                      {row_start + min(row + row_of(0), rows - 1), row_start + min(row + row_of(1), rows - 1)});
         return of_tile;
     }
+    template <int kColumns>
+    __device__ void prepare(float (&)[kColumns / 2], int) const {}
     template <int kColumns>
     __device__ Loaded<kColumns> load(int tile_column) const {
         return {bias, tile_column, n};
@@ -258,7 +276,10 @@ struct RotateHeads {
         const int quad = static_cast<int>(threadIdx.x) % 4, in_chunk = quad / 2 * 16 + quad % 2 * 4;
         const int in_tile = chunk * kChunk + in_chunk, column = tile_column + in_tile;
         const int group_column = tile_column + chunk * kChunk + quad * 8;
-        const float4 bias_low = of_bias.four(in_tile), bias_high = of_bias.four(in_tile + 8);
+        uint32_t low_words[2], high_words[2];
+        of_bias.words_at(low_words, chunk / 2, chunk % 2 * kChunk + in_chunk);
+        of_bias.words_at(high_words, chunk / 2, chunk % 2 * kChunk + in_chunk + 8);
+        const float4 bias_low = unpack_four(low_words[0], low_words[1]), bias_high = unpack_four(high_words[0], high_words[1]);
         // All heads are rotated by the same angles: a box for each chunk of a head will do.
         const uint32_t box = box_at((tile_column / kChunk + chunk) & (head_dim / kChunk - 1));
 #pragma unroll

@@ -166,6 +166,7 @@ __device__ void consume(const Epilogue &epilogue, const Schedule &schedule, cons
         float c[1][T::n / 2];
         release_last<T>(stages, multiply_stages<T>(c, stages, at, warp / 4, schedule.k_tiles));
         wgmma_results(c[0]);
+        epilogue.template prepare<T::n>(c[0], tile_column);
         finish<T>(epilogue, c[0], stages, staging + warp * kStagingBytes<Epilogue>, at, row, tile_column, of_tile, loaded);
     }
 }
