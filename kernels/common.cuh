@@ -77,7 +77,7 @@ __device__ inline uint32_t pack(float low, float high) {
 }
 
 __device__ inline float2 unpack(uint32_t bits) {
-    return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000)};
+    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162 *>(&bits));
 }
 
 __device__ inline uint32_t shared_address(const void *pointer) {

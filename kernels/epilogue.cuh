@@ -28,7 +28,7 @@ struct RowNorm {
             of[i] = 0.f;
         }
         const int groups = slots / 16;
-#pragma unroll 1
+#pragma unroll kAtOnce == 1 ? 2 : 1
         for (int first = 0; first < groups; first += kAtOnce) {
             float4 parts[kAtOnce][kRows];
 #pragma unroll

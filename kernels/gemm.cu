@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_kernel(Operands operands, Ep
         int of[kRows];
 #pragma unroll
         for (int i = 0; i < kRows; ++i) of[i] = row_start + min(row_of(i), rows - 1);
-        operands.norm.factors<2>(factors, of);
+        operands.norm.factors<1>(factors, of);
     }
 #pragma unroll
     for (int j = 0; j < kFragmentsN; j += 2) {

@@ -109,7 +109,7 @@ __device__ void consume(const Operands &operands, const RowNorm &norm, const Swi
             const int first = row + strip * 64;
             const int rows[2] = {min(first, schedule.rows - 1), min(first + 8, schedule.rows - 1)};
             float factors[2];
-            norm.factors<2>(factors, rows);
+            norm.factors<1>(factors, rows);
             wgmma_results(c[strip]);
             finish<T::n, kBias>(operands, epilogue, bias, c[strip], factors, first, schedule.rows, place.column);
         }

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32 + 32, 1) row_mlp_kernel(const A
         __syncthreads();
         return;
     }
-    const float2 norm = unpack_by_conversion(args.norm[threadIdx.x]);
+    const float2 norm = unpack(args.norm[threadIdx.x]);
     // Down passes through the place of gate and up into registers. Of its rows a warp has 64; columns that are not there are 0.
     for (int i = threadIdx.x; i < args.width * args.groups; i += threads) {
         const int row = i / args.groups, piece = i % args.groups;

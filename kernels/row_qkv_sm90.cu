@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32) row_qkv_kernel(const Args args
     uint4 low[2], high[2];
 #pragma unroll
     for (int j = 0; j < 2; ++j) low[j] = __ldcs(from + j * 4), high[j] = __ldcs(from + 8 * args.vectors + j * 4);
-    const float2 norm = unpack_by_conversion(args.norm[threadIdx.x]);
+    const float2 norm = unpack(args.norm[threadIdx.x]);
     const int column = blockIdx.x * 16 + threadIdx.x, position = __ldcg(args.out_row);
     float2 angle = {1.f, 0.f};
     float bias = 0.f;
