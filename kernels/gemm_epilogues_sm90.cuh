@@ -192,6 +192,7 @@ struct AddToStream {
         }
         // The thread's rows are four apart, for which in a box another bit of a piece's place changes, and its two pieces of
         // sums lie beside each other or, swapped, the other way round.
+        static_assert(kPitchBytes<AddToStream> % 32 == 0);
         const uint32_t in_box = side_offset(half * kPassRows + first_row, part);
         const uint32_t upper_at = box_at(chunk * 2) + in_box, lower_at = box_at(chunk * 2 + 1) + in_box;
         const uint32_t low_at = staged + first_row * kPitchBytes<AddToStream> + swapped(part * 2) * 16, high_at = low_at ^ 16;
