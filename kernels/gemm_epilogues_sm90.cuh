@@ -105,10 +105,12 @@ __device__ inline float sum_of_pair(const float (&values)[2]) {
     return (odd ? values[1] : values[0]) + __shfl_xor_sync(0xffffffffu, odd ? values[0] : values[1], 1);
 }
 
-// As unpack, by two instructions instead of three. Not so everywhere: row_qkv became slower by it.
-__device__ inline float2 unpack_two(uint32_t bits) { return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000)}; }
+// As unpack, in two instructions instead of three. Not for all kernels: row_qkv became slower by it.
+__device__ inline float2 unpack_by_shifts(uint32_t bits) {
+    return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000)};
+}
 __device__ inline float4 unpack_four(uint32_t low, uint32_t high) {
-    const float2 a = unpack_two(low), b = unpack_two(high);
+    const float2 a = unpack_by_shifts(low), b = unpack_by_shifts(high);
     return {a.x, a.y, b.x, b.y};
 }
 __device__ inline float4 join_four(uint32_t scaled_low, uint32_t scaled_high, uint32_t rest_low, uint32_t rest_high) {
@@ -164,7 +166,7 @@ struct AddToStream {
 #pragma unroll
         for (int group = 0; group < kColumns / 8; ++group) {
             const int column = min(tile_column + group * 8 + static_cast<int>(threadIdx.x) % 4 * 2, n - 2);
-            const float2 of_bias = unpack_two(__ldg(reinterpret_cast<const uint32_t *>(bias + column)));
+            const float2 of_bias = unpack_by_shifts(__ldg(reinterpret_cast<const uint32_t *>(bias + column)));
             c[group * 4] += of_bias.x, c[group * 4 + 1] += of_bias.y;
             c[group * 4 + 2] += of_bias.x, c[group * 4 + 3] += of_bias.y;
         }
