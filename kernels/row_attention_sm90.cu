@@ -133,6 +133,13 @@ __global__ void __cluster_dims__(kSplits, 1, 1) __maxnreg__(kRegisters) row_atte
     load_keys(first_tile, false, true);
     load_values(first_tile, false, true);
     copy_commit();
+    // This kernel does not read the row. The CTAs of one group of heads fold what was added, which is asked for long before.
+    const bool folds = blockIdx.y == 0 && blockIdx.z == 0 && threadIdx.x < rows;
+    const int column = split * rows + threadIdx.x;
+    long long folded = 0;
+    if (folds)
+#pragma unroll
+        for (int i = 0; i < kAddedSums; ++i) folded += args.row.added[i * args.width + column];
 
     // Rows of the products with the values are those of the probabilities.
     const int head = lane / 4 % kHeads;
@@ -247,29 +254,34 @@ __global__ void __cluster_dims__(kSplits, 1, 1) __maxnreg__(kRegisters) row_atte
     uint32_t b[2][2];
 #pragma unroll
     for (int s = 0; s < 2; ++s) b[s][0] = attended[s * 8], b[s][1] = attended[s * 8 + 4];
-    for (int row = warp / 4 * 16; row < rows; row += 32) {
-        float c[4] = {};
+    // All groups at once, those that are not there as the last one, for each alone would take the latency of its products.
+    constexpr int kGroups = kMaxRows / 32;
+    const int first_row = warp / 4 * 16;
+    float c[kGroups][4] = {};
 #pragma unroll
-        for (int s = 0; s < 2; ++s) {
+    for (int s = 0; s < 2; ++s)
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i) {
+            const int row = min(first_row + i * 32, rows - 16);
             uint32_t a[4];
             load_matrices(a, shared_address(matrix) + (row + lane % 16) * kPitch + block * 64 + s * 32 + lane / 16 * 16);
-            mma(c, a, b[s][0], b[s][1]);
+            mma(c[i], a, b[s][0], b[s][1]);
         }
-        if (lane % 4 == 0)
-            shared.products[block][row + lane / 4] = c[0] + c[1],
-            shared.products[block][row + lane / 4 + 8] = c[2] + c[3];
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+        float *to = shared.products[block] + first_row + i * 32 + lane / 4;
+        if (lane % 4 == 0 && first_row + i * 32 < rows) to[0] = c[i][0] + c[i][1], to[8] = c[i][2] + c[i][3];
     }
     __syncthreads();
     if (threadIdx.x >= rows) return;
-    const int column = split * rows + threadIdx.x;
     long long value = to_fixed((shared.products[0][threadIdx.x] + shared.products[1][threadIdx.x]) +
                                    (shared.products[2][threadIdx.x] + shared.products[3][threadIdx.x]),
                                args.row.broken);
-    if (blockIdx.y == 0 && blockIdx.z == 0) {
-        // This kernel does not read the row, and may fold what was added.
+    if (folds) {
         if (args.bias) value += to_fixed(__bfloat162float(args.bias[column]), args.row.broken);
-        value += args.row.added[column];
-        args.row.added[column] = 0;
+        value += folded;
+#pragma unroll
+        for (int i = 0; i < kAddedSums; ++i) args.row.added[i * args.width + column] = 0;
     }
     add(args.row.x + column, value);
 }

@@ -12,7 +12,7 @@ constexpr int kMaxGroups = 5;  // of eight columns of h
 constexpr int kMaxRows = kMaxGroups * 16;
 // More on its way than keeps the memory busy only delays what other kernels wait for: chunks of gate and up, of so many rows
 // each, and pieces of down of 16 bytes, of each thread.
-constexpr int kChunk = 8, kChunksAhead = 2, kPiecesAhead = 2;
+constexpr int kChunk = 8, kChunksAhead = 3, kPiecesAhead = 2;
 
 struct Args {
     FixedRow row;
@@ -50,8 +50,8 @@ __device__ void mma_short(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
 // Rows of a matrix in shared memory, free of conflicts for products.
 __host__ __device__ int pitch_of(int width) { return width * 2 + 16; }
 
-// It takes 80 registers a thread, which leaves the other kernels room beside it.
-__global__ void __launch_bounds__(kMaxWarps * 32 + 32, 1) row_mlp_kernel(const Args args) {
+// So many registers a thread leave the other kernels room beside it.
+__global__ void __maxnreg__(80) row_mlp_kernel(const Args args) {
     extern __shared__ __align__(128) uint8_t weights[];
     __shared__ Shared shared;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = args.width / 64, threads = warps * 32;
@@ -110,33 +110,40 @@ __global__ void __launch_bounds__(kMaxWarps * 32 + 32, 1) row_mlp_kernel(const A
     __syncthreads();
 
     wait_for_previous();
-    const longlong2 x = __ldcg(reinterpret_cast<const longlong2 *>(args.row.x) + threadIdx.x);
-    const bool broken = __ldcg(args.row.broken);
-    split_row(shared.split[0], shared.split[1], shared.squares, {from_fixed(x.x, broken), from_fixed(x.y, broken)}, norm);
+    const longlong2 fixed = __ldcg(reinterpret_cast<const longlong2 *>(args.row.x) + threadIdx.x);
+    for (int chunk = 0; chunk < live * 16 / kChunk; ++chunk) barrier_wait(full(chunk), 0);
+    const float2 x = {from_fixed(fixed.x), from_fixed(fixed.y)};
+    split_row(shared.split[0], shared.split[1], x, norm);
     // Columns of the products by turns of the two parts.
     const uint32_t *split = shared.split[lane / 4 % 2] + warp * 32 + lane % 4;
     uint32_t b[4][2];
 #pragma unroll
     for (int s = 0; s < 4; ++s) b[s][0] = split[s * 8], b[s][1] = split[s * 8 + 4];
-    int arrived = 0;
-    for (int group = 0; group < live; ++group) {
-        for (; arrived * kChunk < (group + 1) * 16; ++arrived) barrier_wait(full(arrived), 0);
-        float c[4] = {};
+    // All groups at once, those that are not there as the last one, for each alone would take the latency of its products.
+    float c[kMaxGroups][4] = {};
 #pragma unroll
-        for (int s = 0; s < 4; ++s) {
+    for (int s = 0; s < 4; ++s)
+#pragma unroll
+        for (int i = 0; i < kMaxGroups; ++i) {
+            const int row = min(i, args.groups - 1) * 16 + lane % 16;
             uint32_t a[4];
-            load_matrices(a, at + (group * 16 + lane % 16) * pitch + warp * 128 + s * 32 + lane / 16 * 16);
-            mma(c, a, b[s][0], b[s][1]);
+            load_matrices(a, at + row * pitch + warp * 128 + s * 32 + lane / 16 * 16);
+            mma(c[i], a, b[s][0], b[s][1]);
         }
-        float *part = shared.parts[warp] + group * 16 + lane / 4;
-        if (lane % 4 == 0) part[0] = c[0] + c[1], part[8] = c[2] + c[3];
+#pragma unroll
+    for (int i = 0; i < kMaxGroups; ++i) {
+        float *part = shared.parts[warp] + i * 16 + lane / 4;
+        if (lane % 4 == 0) part[0] = c[i][0] + c[i][1], part[8] = c[i][2] + c[i][3];
     }
+    sum_squares(shared.squares, x);
     __syncthreads();
     if (warp < (kMaxRows + 31) / 32) {
         const int row = min(static_cast<int>(threadIdx.x), kMaxRows - 1);
         const bool alive = row < live * 16;
         float sum = 0.f, square = 0.f;
-        for (int w = 0; w < warps; ++w) sum += shared.parts[w][row], square += shared.squares[w];
+#pragma unroll
+        for (int w = 0; w < kMaxWarps; ++w)
+            if (w < warps) sum += shared.parts[w][row], square += shared.squares[w];
         sum *= rsqrtf(square / args.width + args.eps);
         if (args.gate_up_bias && alive) sum += __bfloat162float(args.gate_up_bias[first * 16 + row]);
         const float up = __shfl_down_sync(0xffffffffu, sum, 8);
@@ -148,17 +155,21 @@ __global__ void __launch_bounds__(kMaxWarps * 32 + 32, 1) row_mlp_kernel(const A
     float own[2] = {};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        float c[4] = {};
+        float sums[4] = {};
 #pragma unroll
-        for (int s = 0; s < 2; ++s) mma(c, down[i][s], h[s * 8], h[s * 8 + 4]);
-        mma_short(c, rest[i][0], rest[i][1], h[16]);
-        if (lane % 4 == i) own[0] = c[0], own[1] = c[2];
+        for (int s = 0; s < 2; ++s) mma(sums, down[i][s], h[s * 8], h[s * 8 + 4]);
+        mma_short(sums, rest[i][0], rest[i][1], h[16]);
+        if (lane % 4 == i) own[0] = sums[0], own[1] = sums[2];
     }
+    // Whole lines are added to at once: a lane gets the columns `lane` and 32 + `lane` of its warp's from where they are.
+    long long *added = args.row.added + blockIdx.x % kAddedSums * args.width + warp * 64;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int column = warp * 64 + lane % 4 * 16 + half * 8 + lane / 4;
-        if (args.down_bias && blockIdx.x == 0) own[half] += __bfloat162float(args.down_bias[column]);
-        add(args.row.added + column, to_fixed(own[half], args.row.broken));
+    for (int column = lane; column < 64; column += 32) {
+        const int from = column % 8 * 4 + column / 16;
+        const float low = __shfl_sync(0xffffffffu, own[0], from), high = __shfl_sync(0xffffffffu, own[1], from);
+        float sum = column / 8 % 2 ? high : low;
+        if (args.down_bias && blockIdx.x == 0) sum += __bfloat162float(args.down_bias[warp * 64 + column]);
+        add(added + column, to_fixed(sum, args.row.broken));
     }
 }
 

@@ -40,11 +40,14 @@ __global__ void __launch_bounds__(kMaxWarps * 32) row_qkv_kernel(const Args args
         if (args.bias) bias = __bfloat162float(args.bias[column]);
     }
     wait_for_previous();
-    const longlong2 x = __ldcg(reinterpret_cast<const longlong2 *>(args.row.x) + threadIdx.x);
-    const longlong2 added = __ldcg(reinterpret_cast<const longlong2 *>(args.row.added) + threadIdx.x);
-    const bool broken = __ldcg(args.row.broken);
-    split_row(reinterpret_cast<uint32_t *>(halves), reinterpret_cast<uint32_t *>(halves + args.vectors), squares,
-              {from_fixed(x.x + added.x, broken), from_fixed(x.y + added.y, broken)}, norm);
+    longlong2 fixed = __ldcg(reinterpret_cast<const longlong2 *>(args.row.x) + threadIdx.x);
+#pragma unroll
+    for (int i = 0; i < kAddedSums; ++i) {
+        const longlong2 added = __ldcg(reinterpret_cast<const longlong2 *>(args.row.added + i * args.vectors * 8) + threadIdx.x);
+        fixed.x += added.x, fixed.y += added.y;
+    }
+    const float2 x = {from_fixed(fixed.x), from_fixed(fixed.y)};
+    split_row(reinterpret_cast<uint32_t *>(halves), reinterpret_cast<uint32_t *>(halves + args.vectors), x, norm);
     // Columns of the product by turns of the upper and the lower halves.
     float c[4] = {};
 #pragma unroll
@@ -55,11 +58,15 @@ __global__ void __launch_bounds__(kMaxWarps * 32) row_qkv_kernel(const Args args
         mma(c, first, b.x, b.y);
         mma(c, second, b.z, b.w);
     }
+    sum_squares(squares, x);
     if (lane % 4 == 0) parts[warp][lane / 4] = c[0] + c[1], parts[warp][lane / 4 + 8] = c[2] + c[3];
     __syncthreads();
     if (threadIdx.x >= 16) return;
     float sum = 0.f, square = 0.f;
-    for (int w = 0; w < warps; ++w) sum += parts[w][threadIdx.x], square += squares[w];
+    // All asked for at once.
+#pragma unroll
+    for (int w = 0; w < kMaxWarps; ++w)
+        if (w < warps) sum += parts[w][threadIdx.x], square += squares[w];
     sum = sum * rsqrtf(square / (args.vectors * 8) + args.eps) + bias;
     const float partner = __shfl_xor_sync(0xffffu, sum, 8);
     sum = sum * angle.x + (threadIdx.x < 8 ? -partner : partner) * angle.y;

@@ -20,7 +20,8 @@ __global__ void __launch_bounds__(kThreads) row_start_kernel(const Args args) {
     __syncthreads();
     for (int i = threadIdx.x; i < args.width; i += kThreads) {
         args.row.x[i] = to_fixed(args.x[i], args.row.broken);
-        args.row.added[i] = 0;
+#pragma unroll
+        for (int sum = 0; sum < kAddedSums; ++sum) args.row.added[sum * args.width + i] = 0;
     }
 }
 
@@ -28,8 +29,12 @@ __global__ void __launch_bounds__(kThreads) row_end_kernel(const Args args) {
     start_next();
     wait_for_previous();
     const bool broken = *args.row.broken;
-    for (int i = threadIdx.x; i < args.width; i += kThreads)
-        args.x[i] = from_fixed(args.row.x[i] + args.row.added[i], broken);
+    for (int i = threadIdx.x; i < args.width; i += kThreads) {
+        long long x = args.row.x[i];
+#pragma unroll
+        for (int sum = 0; sum < kAddedSums; ++sum) x += args.row.added[sum * args.width + i];
+        args.x[i] = from_fixed(x, broken);
+    }
 }
 
 }  // namespace

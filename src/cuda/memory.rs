@@ -34,9 +34,9 @@ pub fn vocab_rows(config: &Config) -> usize {
     config.vocab_size.next_multiple_of(16)
 }
 
-/// Elements of a row of the residual stream in fixed point: two a column, and two that say whether one was out of range.
+/// Elements of a row of the residual stream in fixed point: three a column, and two that say whether one was out of range.
 pub const fn fixed_row(width: usize) -> usize {
-    2 * width + 2
+    3 * width + 2
 }
 
 /// Bytes of a model's weights on the device: everything in bf16, and the last layer's q and k a second time, alone, for
@@ -451,7 +451,7 @@ mod tests {
         // and two words of sampling, in 64 bits.
         let integers = (14 + 2 + 2 + 2 + 4) * 4;
         // Two numbers a column, and whether one was out of range.
-        let fixed_row = (2 * 896 + 2) * 8;
+        let fixed_row = (3 * 896 + 2) * 8;
         let expected = cache + 1000 * row + new_row + tables + parts + logits_and_tokens + integers + fixed_row;
         assert_eq!(AnswerSizes::new(&qwen(), 1000, 100).bytes(24), expected);
     }
