@@ -2,6 +2,7 @@
 
 use cudarc::driver::CudaSlice;
 use gleaner::cuda::ops::{FixedRow, Heads, Norm, Rotation};
+use half::bf16;
 
 use super::{BF16_ROUNDING, EPS, FP32_ROUNDING, Gpu, Noise, accumulation, check_within, noise, scaled_noise, to_f32};
 use crate::attention::definition;
@@ -52,6 +53,38 @@ fn rows_come_back_or_are_no_numbers() {
         for wrong in [2.0f32.powi(21), -1e30, f32::INFINITY, f32::NAN] {
             x[7] = wrong;
             assert!(floats(&gpu, &fixed(&gpu, &gpu.upload(&x)), width).iter().all(|x| x.is_nan()), "{wrong}");
+        }
+    }
+}
+
+/// What a kernel adds, or finds in a row, that is out of range or no number makes all of the row none, through all kernels.
+#[test]
+#[ignore = "needs a GPU"]
+fn rows_stay_no_numbers() {
+    let Some(gpu) = open() else { return };
+    let (width, intermediate) = (256, 48);
+    let (gate_up, ..) = gpu.linear(2 * intermediate, width, false);
+    let (down, ..) = gpu.linear(width, intermediate, false);
+    let after = |x: &[f32], norm: &[bf16], times: usize| {
+        let norm = gpu.upload(norm);
+        let mut row = fixed(&gpu, &gpu.upload(x));
+        for _ in 0..times {
+            gpu.device.row_mlp(&mut row, Norm { weight: &norm, eps: EPS }, &gate_up, &down).unwrap();
+        }
+        floats(&gpu, &row, width)
+    };
+    let (x, ones) = (stream(width), vec![bf16::ONE; width]);
+    assert!(after(&x, &ones, 2).iter().all(|x| x.is_finite()));
+    for wrong in [2.0f32.powi(21), f32::INFINITY, f32::NAN] {
+        let mut out_of_range = x.clone();
+        out_of_range[7] = wrong;
+        assert!(after(&out_of_range, &ones, 2).iter().all(|x| x.is_nan()), "{wrong} in the row");
+    }
+    for wrong in [bf16::INFINITY, bf16::NAN] {
+        let mut norm = ones.clone();
+        norm[200] = wrong;
+        for times in 1..3 {
+            assert!(after(&x, &norm, times).iter().all(|x| x.is_nan()), "{wrong} in the norm's weights, {times}");
         }
     }
 }
