@@ -114,7 +114,7 @@ int32_t gleaner_decode_attention(void *out, float *parts, int32_t *done, const v
 // A row's way through a layer in three kernels, for Hopper and for layers that gleaner_row_sm90_fits says they serve. In between
 // the residual stream is a row of int64 [3 * width + 2], in units of 2^-32, so that many CTAs may add to it in any order with
 // the same sum: x, what was added since in two sums, and whether something was out of range (2^21 of an addition, 2^30 of the sum)
-// or not finite, in which case the row comes back as not a number.
+// or not finite, in which case the row comes back as not a number. Until then the kernels go on with what is left of it.
 
 // Whether these kernels serve rows so wide, an intermediate size of so many and heads so wide, on this device; 0 or 1.
 int32_t gleaner_row_sm90_fits(int32_t width, int32_t intermediate, int32_t head_dim);

@@ -133,13 +133,12 @@ __global__ void __cluster_dims__(kSplits, 1, 1) __maxnreg__(kRegisters) row_atte
     load_keys(first_tile, false, true);
     load_values(first_tile, false, true);
     copy_commit();
-    // This kernel does not read the row. The CTAs of one group of heads fold what was added, which is asked for long before.
+    // No x is needed here, so that the CTAs of one group of heads may fold what was added, asked for long before it is used.
     const bool folds = blockIdx.y == 0 && blockIdx.z == 0 && threadIdx.x < rows;
-    const int column = split * rows + threadIdx.x;
     long long folded = 0;
     if (folds)
 #pragma unroll
-        for (int i = 0; i < kAddedSums; ++i) folded += args.row.added[i * args.width + column];
+        for (int i = 0; i < kAddedSums; ++i) folded += __ldcg(args.row.added + i * args.width + split * rows + threadIdx.x);
 
     // Rows of the products with the values are those of the probabilities.
     const int head = lane / 4 % kHeads;
@@ -274,6 +273,7 @@ __global__ void __cluster_dims__(kSplits, 1, 1) __maxnreg__(kRegisters) row_atte
     }
     __syncthreads();
     if (threadIdx.x >= rows) return;
+    const int column = split * rows + threadIdx.x;
     long long value = to_fixed((shared.products[0][threadIdx.x] + shared.products[1][threadIdx.x]) +
                                    (shared.products[2][threadIdx.x] + shared.products[3][threadIdx.x]),
                                args.row.broken);

@@ -21,13 +21,13 @@ struct Args {
     const bf16 *gate_up_bias;
     const bf16 *down;     // [width, intermediate]
     const bf16 *down_bias;
-    int width, intermediate, groups;
+    int width, intermediate;
     float eps;
 };
 
 struct Shared {
     uint32_t split[2][kMaxWarps * 32];
-    bf16 h[kMaxGroups * 8 + 8];
+    bf16 h[kMaxGroups * 8];
     float parts[kMaxWarps][kMaxRows];
     float squares[kMaxWarps];
     uint64_t full[kMaxRows / kChunk];
@@ -50,12 +50,14 @@ __device__ void mma_short(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
 // Rows of a matrix in shared memory, free of conflicts for products.
 __host__ __device__ int pitch_of(int width) { return width * 2 + 16; }
 
-// So many registers a thread leave the other kernels room beside it.
+// Each CTA but the last has kGroups of eight columns of h. So many registers a thread leave the other kernels room beside it, for
+// rows of up to 896.
+template <int kGroups>
 __global__ void __maxnreg__(80) row_mlp_kernel(const Args args) {
     extern __shared__ __align__(128) uint8_t weights[];
     __shared__ Shared shared;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = args.width / 64, threads = warps * 32;
-    const int first = blockIdx.x * args.groups, live = min(args.groups, args.intermediate / 8 - first);
+    const int first = blockIdx.x * kGroups, live = min(kGroups, args.intermediate / 8 - first);
     const int pitch = pitch_of(args.width);
     const uint32_t at = shared_address(weights);
     auto full = [&](int chunk) { return shared_address(shared.full + chunk); };
@@ -84,8 +86,8 @@ __global__ void __maxnreg__(80) row_mlp_kernel(const Args args) {
     }
     const float2 norm = unpack(args.norm[threadIdx.x]);
     // Down passes through the place of gate and up into registers. Of its rows a warp has 64; columns that are not there are 0.
-    for (int i = threadIdx.x; i < args.width * args.groups; i += threads) {
-        const int row = i / args.groups, piece = i % args.groups;
+    for (int i = threadIdx.x; i < args.width * kGroups; i += threads) {
+        const int row = i / kGroups, piece = i % kGroups;
         const bf16 *from = args.down + static_cast<size_t>(row) * args.intermediate + (first + min(piece, live - 1)) * 8;
         copy_async(at + i * 16, from, piece < live);
         copy_commit();
@@ -96,15 +98,15 @@ __global__ void __maxnreg__(80) row_mlp_kernel(const Args args) {
     uint32_t down[4][2][4], rest[4][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const uint32_t from = at + (warp * 64 + i * 16 + lane % 16) * args.groups * 16;
+        const uint32_t from = at + (warp * 64 + i * 16 + lane % 16) * kGroups * 16;
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
-            load_matrices(down[i][s], from + min(s * 2 + lane / 16, args.groups - 1) * 16);
-            if (s * 2 >= args.groups) down[i][s][0] = down[i][s][1] = 0;
-            if (s * 2 + 1 >= args.groups) down[i][s][2] = down[i][s][3] = 0;
+            load_matrices(down[i][s], from + min(s * 2 + lane / 16, kGroups - 1) * 16);
+            if (s * 2 >= kGroups) down[i][s][0] = down[i][s][1] = 0;
+            if (s * 2 + 1 >= kGroups) down[i][s][2] = down[i][s][3] = 0;
         }
-        load_matrices(rest[i], from + (args.groups - 1) * 16);
-        if (args.groups < kMaxGroups) rest[i][0] = rest[i][1] = 0;
+        load_matrices(rest[i], from + (kGroups - 1) * 16);
+        if (kGroups < kMaxGroups) rest[i][0] = rest[i][1] = 0;
     }
     fence_for_engines();
     __syncthreads();
@@ -119,19 +121,19 @@ __global__ void __maxnreg__(80) row_mlp_kernel(const Args args) {
     uint32_t b[4][2];
 #pragma unroll
     for (int s = 0; s < 4; ++s) b[s][0] = split[s * 8], b[s][1] = split[s * 8 + 4];
-    // All groups at once, those that are not there as the last one, for each alone would take the latency of its products.
-    float c[kMaxGroups][4] = {};
+    // Groups at once, as far as registers allow, for each alone would take the latency of its products. What comes of those that
+    // the last CTA does not have is dropped.
+    float c[kGroups][4] = {};
 #pragma unroll
     for (int s = 0; s < 4; ++s)
 #pragma unroll
-        for (int i = 0; i < kMaxGroups; ++i) {
-            const int row = min(i, args.groups - 1) * 16 + lane % 16;
+        for (int i = 0; i < kGroups; ++i) {
             uint32_t a[4];
-            load_matrices(a, at + row * pitch + warp * 128 + s * 32 + lane / 16 * 16);
+            load_matrices(a, at + (i * 16 + lane % 16) * pitch + warp * 128 + s * 32 + lane / 16 * 16);
             mma(c[i], a, b[s][0], b[s][1]);
         }
 #pragma unroll
-    for (int i = 0; i < kMaxGroups; ++i) {
+    for (int i = 0; i < kGroups; ++i) {
         float *part = shared.parts[warp] + i * 16 + lane / 4;
         if (lane % 4 == 0) part[0] = c[i][0] + c[i][1], part[8] = c[i][2] + c[i][3];
     }
@@ -208,8 +210,9 @@ extern "C" int32_t gleaner_row_sm90_mlp(int64_t *row, const void *norm, const vo
                     static_cast<const bf16 *>(down_bias),
                     width,
                     intermediate,
-                    groups,
                     eps};
-    return launch_row(row_mlp_kernel, divide_up(intermediate / 8, groups), width / 2 + 32, shared_bytes(width, groups),
+    constexpr decltype(&row_mlp_kernel<1>) kKernels[kMaxGroups] = {row_mlp_kernel<1>, row_mlp_kernel<2>, row_mlp_kernel<3>,
+                                                                   row_mlp_kernel<4>, row_mlp_kernel<5>};
+    return launch_row(kKernels[groups - 1], divide_up(intermediate / 8, groups), width / 2 + 32, shared_bytes(width, groups),
                       stream, args);
 }

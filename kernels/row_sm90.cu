@@ -28,11 +28,11 @@ __global__ void __launch_bounds__(kThreads) row_start_kernel(const Args args) {
 __global__ void __launch_bounds__(kThreads) row_end_kernel(const Args args) {
     start_next();
     wait_for_previous();
-    const bool broken = *args.row.broken;
+    const bool broken = __ldcg(args.row.broken);
     for (int i = threadIdx.x; i < args.width; i += kThreads) {
-        long long x = args.row.x[i];
+        long long x = __ldcg(args.row.x + i);
 #pragma unroll
-        for (int sum = 0; sum < kAddedSums; ++sum) x += args.row.added[sum * args.width + i];
+        for (int sum = 0; sum < kAddedSums; ++sum) x += __ldcg(args.row.added + sum * args.width + i);
         args.x[i] = from_fixed(x, broken);
     }
 }

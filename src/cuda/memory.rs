@@ -450,7 +450,7 @@ mod tests {
         // Done parts of as many heads as there may be key heads; two counts, two integers of state; the likeliest token
         // and two words of sampling, in 64 bits.
         let integers = (14 + 2 + 2 + 2 + 4) * 4;
-        // Two numbers a column, and whether one was out of range.
+        // Three numbers a column, and whether one was out of range.
         let fixed_row = (3 * 896 + 2) * 8;
         let expected = cache + 1000 * row + new_row + tables + parts + logits_and_tokens + integers + fixed_row;
         assert_eq!(AnswerSizes::new(&qwen(), 1000, 100).bytes(24), expected);

@@ -1,7 +1,7 @@
 //! The kernels that take one row through a layer with its residual stream in fixed point.
 
 use cudarc::driver::CudaSlice;
-use gleaner::cuda::ops::{FixedRow, Heads, Norm, Rotation};
+use gleaner::cuda::ops::{DeviceLinear, FixedRow, Heads, Norm, Rotation};
 use half::bf16;
 
 use super::{BF16_ROUNDING, EPS, FP32_ROUNDING, Gpu, Noise, accumulation, check_within, noise, scaled_noise, to_f32};
@@ -57,36 +57,136 @@ fn rows_come_back_or_are_no_numbers() {
     }
 }
 
-/// What a kernel adds, or finds in a row, that is out of range or no number makes all of the row none, through all kernels.
+/// A model of one layer, and what its kernels do to a row.
+struct Layer {
+    qkv: CudaSlice<bf16>,
+    o: DeviceLinear,
+    gate_up: DeviceLinear,
+    down: DeviceLinear,
+    norm: CudaSlice<bf16>,
+}
+
+const WIDTH: usize = 256;
+const HEADS: Heads = Heads { q: 4, kv: 2, dim: 64, window: 0 };
+/// Of keys and values.
+const ROWS: usize = 65;
+
+impl Layer {
+    fn new(gpu: &mut Gpu) -> Layer {
+        gpu.set(1, [ROWS - 1, 0]);
+        let intermediate = 48;
+        Layer {
+            qkv: gpu.upload(&scaled_noise(ROWS * HEADS.qkv_columns(), 9, 2.0)),
+            o: gpu.linear(WIDTH, HEADS.q * HEADS.dim, true).0,
+            gate_up: gpu.linear(2 * intermediate, WIDTH, false).0,
+            down: gpu.linear(WIDTH, intermediate, true).0,
+            norm: gpu.upload(&vec![bf16::ONE; WIDTH]),
+        }
+    }
+
+    fn mlp(&self, gpu: &Gpu, row: &mut FixedRow) {
+        gpu.device.row_mlp(row, Norm { weight: &self.norm, eps: EPS }, &self.gate_up, &self.down).unwrap();
+    }
+
+    fn attention(&self, gpu: &Gpu, row: &mut FixedRow) {
+        gpu.device.row_attention(row, &self.qkv, &self.o, HEADS, gpu.shift(0)).unwrap();
+    }
+}
+
+/// What a kernel finds or adds that is out of range or no number makes all of the row none.
 #[test]
 #[ignore = "needs a GPU"]
 fn rows_stay_no_numbers() {
-    let Some(gpu) = open() else { return };
-    let (width, intermediate) = (256, 48);
-    let (gate_up, ..) = gpu.linear(2 * intermediate, width, false);
-    let (down, ..) = gpu.linear(width, intermediate, false);
-    let after = |x: &[f32], norm: &[bf16], times: usize| {
-        let norm = gpu.upload(norm);
-        let mut row = fixed(&gpu, &gpu.upload(x));
-        for _ in 0..times {
-            gpu.device.row_mlp(&mut row, Norm { weight: &norm, eps: EPS }, &gate_up, &down).unwrap();
-        }
-        floats(&gpu, &row, width)
+    let Some(mut gpu) = open() else { return };
+    let mut layer = Layer::new(&mut gpu);
+    let x = stream(WIDTH);
+    let after_mlp = |gpu: &Gpu, layer: &Layer, x: &[f32]| {
+        let mut row = fixed(gpu, &gpu.upload(x));
+        layer.mlp(gpu, &mut row);
+        floats(gpu, &row, WIDTH)
     };
-    let (x, ones) = (stream(width), vec![bf16::ONE; width]);
-    assert!(after(&x, &ones, 2).iter().all(|x| x.is_finite()));
+    let after_attention = |gpu: &Gpu, layer: &Layer| {
+        let mut row = fixed(gpu, &gpu.upload(&x));
+        layer.attention(gpu, &mut row);
+        floats(gpu, &row, WIDTH)
+    };
+    assert!(after_mlp(&gpu, &layer, &x).iter().chain(&after_attention(&gpu, &layer)).all(|x| x.is_finite()));
+
     for wrong in [2.0f32.powi(21), f32::INFINITY, f32::NAN] {
         let mut out_of_range = x.clone();
         out_of_range[7] = wrong;
-        assert!(after(&out_of_range, &ones, 2).iter().all(|x| x.is_nan()), "{wrong} in the row");
+        assert!(after_mlp(&gpu, &layer, &out_of_range).iter().all(|x| x.is_nan()), "{wrong} in the row");
     }
     for wrong in [bf16::INFINITY, bf16::NAN] {
-        let mut norm = ones.clone();
+        let mut norm = vec![bf16::ONE; WIDTH];
         norm[200] = wrong;
-        for times in 1..3 {
-            assert!(after(&x, &norm, times).iter().all(|x| x.is_nan()), "{wrong} in the norm's weights, {times}");
-        }
+        layer.norm = gpu.upload(&norm);
+        assert!(after_mlp(&gpu, &layer, &x).iter().all(|x| x.is_nan()), "{wrong} in the norm's weights");
     }
+    let sound = scaled_noise(ROWS * HEADS.qkv_columns(), 9, 2.0);
+    for column in [3, HEADS.q * HEADS.dim + 3, (HEADS.q + HEADS.kv) * HEADS.dim + 3] {
+        let mut qkv = sound.clone();
+        qkv[(ROWS - 1) * HEADS.qkv_columns() + column] = bf16::NAN;
+        layer.qkv = gpu.upload(&qkv);
+        assert!(after_attention(&gpu, &layer).iter().all(|x| x.is_nan()), "column {column} of the newest row");
+    }
+
+    // Each of two clusters adds 128 times 15360, just below 2^21, to each column: 300 times make more than 2^30.
+    let mut layer = Layer::new(&mut gpu);
+    let weight = gpu.upload(&vec![bf16::from_f32(15360.0); WIDTH * HEADS.q * HEADS.dim]);
+    layer.o = DeviceLinear::new(weight, None, WIDTH, HEADS.q * HEADS.dim);
+    layer.qkv = gpu.upload(&vec![bf16::ONE; ROWS * HEADS.qkv_columns()]);
+    for (times, in_range) in [(250, true), (300, false)] {
+        let mut row = fixed(&gpu, &gpu.upload(&x));
+        for _ in 0..times {
+            layer.attention(&gpu, &mut row);
+        }
+        layer.mlp(&gpu, &mut row);
+        let out = floats(&gpu, &row, WIDTH);
+        assert!(out.iter().all(|x| if in_range { x.is_finite() } else { x.is_nan() }), "{times} additions");
+    }
+}
+
+/// Sums are exact, whatever was added before: attention folds all that the MLP added, and leaves nothing of it to be added again;
+/// and all of it is part of the row of which queries, keys and values are made.
+#[test]
+#[ignore = "needs a GPU"]
+fn rows_carry_what_was_added() {
+    let Some(mut gpu) = open() else { return };
+    let layer = Layer::new(&mut gpu);
+    let x = stream(WIDTH);
+    let after = |steps: &[fn(&Layer, &Gpu, &mut FixedRow)]| {
+        let mut row = fixed(&gpu, &gpu.upload(&x));
+        steps.iter().for_each(|step| step(&layer, &gpu, &mut row));
+        row
+    };
+    let [mlp, attention] = [&[Layer::mlp as fn(&_, &_, &mut _)], &[Layer::attention as fn(&_, &_, &mut _)]]
+        .map(|step| floats(&gpu, &after(step), WIDTH));
+    // A thing that is not there at all would not be missed.
+    assert!(mlp.iter().zip(&x).filter(|&(y, &x)| (y - x as f64).abs() > 0.01).count() > WIDTH / 2);
+    let both: Vec<f64> = (0..WIDTH).map(|i| mlp[i] + attention[i] - x[i] as f64).collect();
+    let rounding = |i: usize| 3.0 * FP32_ROUNDING * (mlp[i].abs() + attention[i].abs() + 1.0);
+    let out = floats(&gpu, &after(&[Layer::mlp, Layer::attention]), WIDTH);
+    check_within(&out, &both, rounding, "row_mlp, row_attention");
+    // Once more: attention adds the same again, the MLP's part comes no second time.
+    let twice: Vec<f64> = (0..WIDTH).map(|i| both[i] + attention[i] - x[i] as f64).collect();
+    let out = floats(&gpu, &after(&[Layer::mlp, Layer::attention, Layer::attention]), WIDTH);
+    check_within(&out, &twice, |i| 2.0 * rounding(i), "row_mlp, row_attention, row_attention");
+
+    let n = HEADS.qkv_columns();
+    let (linear, table) = (gpu.linear(n, WIDTH, true).0, gpu.rope_table(ROWS, HEADS.dim).1);
+    let qkv = |row: &FixedRow| {
+        let mut out = gpu.upload(&vec![bf16::ZERO; ROWS * n]);
+        let rotation = Rotation { table: &table, head_dim: HEADS.dim, columns: (HEADS.q + HEADS.kv) * HEADS.dim };
+        let norm = Norm { weight: &layer.norm, eps: EPS };
+        gpu.device.row_qkv(&mut out, row, norm, &linear, rotation, gpu.shift(0)).unwrap();
+        to_f32(&gpu.fetch(&out)[(ROWS - 1) * n..]).iter().map(|&x| x as f64).collect::<Vec<f64>>()
+    };
+    let restarted = fixed(&gpu, &gpu.upload(&mlp.iter().map(|&x| x as f32).collect::<Vec<f32>>()));
+    let expected = qkv(&restarted);
+    // What fp32 loses of the row may round a result the other way.
+    let allowed = |i: usize| 2.0 * BF16_ROUNDING * expected[i].abs() + 1e-5;
+    check_within(&qkv(&after(&[Layer::mlp])), &expected, allowed, "row_mlp, row_qkv");
 }
 
 /// As `gemv_rope`, but for the row's two bf16 parts.
@@ -156,7 +256,15 @@ fn row_attention() {
 fn row_mlp() {
     let Some(gpu) = open() else { return };
     let mut worst = 0.0f64;
-    for (width, intermediate, bias) in [(896, 4864, false), (1024, 3072, true), (384, 1024, false), (256, 48, true)] {
+    // On an H200, of 5, 3, 2, 4, 1 and 1 groups of columns a CTA; the last one has 1 of 2 and of 4.
+    for (width, intermediate, bias) in [
+        (896, 4864, false),
+        (1024, 3072, true),
+        (384, 2008, false),
+        (256, 4232, true),
+        (384, 1024, false),
+        (256, 48, true),
+    ] {
         let (gate_up, weight, up_bias) = gpu.linear(2 * intermediate, width, bias);
         let (down, down_weight, down_bias) = gpu.linear(width, intermediate, bias);
         let (a, norm) = (noise(width, 7), noise(width, 17));
