@@ -4,6 +4,7 @@
 #include "hopper.cuh"
 
 // Of what is added to a row by more than a hundred CTAs at once, so many sums: those that add to one place wait for each other.
+// The length of a row in kernels.h counts them.
 constexpr int kAddedSums = 2;
 
 // As kernels.h describes it.
