@@ -259,6 +259,7 @@ __device__ void wgmma(float (&d)[n / 2], uint64_t a, uint64_t b, int accumulate)
                      : GLEANER_SUMS_##count                                                                                 \
                      : "l"(a), "l"(b), "r"(accumulate));                                                                    \
     }
+GLEANER_WGMMA(64, 32, 32, 33, 34)
 GLEANER_WGMMA(112, 56, 56, 57, 58)
 GLEANER_WGMMA(128, 64, 64, 65, 66)
 GLEANER_WGMMA(160, 80, 80, 81, 82)
