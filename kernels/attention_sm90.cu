@@ -3,8 +3,7 @@
 // A CTA walks over pieces of work: the query rows of one head, 64 for each of two or three warpgroups that multiply. One more
 // copies queries, and keys and values in tiles of 128 rows. A warpgroup starts the scores of the next tile and the product
 // of this one's probabilities with the values, and computes the next probabilities while the tensor cores work on that product.
-// Tiles go from the diagonal to the left: all but the first are whole, or cut by the window alone. Of the first, 64 rows see all
-// keys or the first half, and multiply no more.
+// Tiles go from the diagonal to the left: all but the first are whole, or cut by the window alone.
 //
 // Exponentials are taken against the maximum of a row's first tile: tensor cores and other instructions slow each other down,
 // and maxima of all tiles would be a fifth of those. Probabilities far above 1 are as exact as those below, for bf16 has the
@@ -19,8 +18,6 @@
 //
 // Rows beyond the live count may hold anything: as queries they touch their own row alone, as keys they are masked, as
 // values they are overwritten with zeros, for 0 times NaN would be NaN. They are never written.
-#include <type_traits>
-
 #include "hopper.cuh"
 #include "kernels.h"
 
@@ -165,35 +162,24 @@ __device__ void consume(const Args &args, const Shared &shared) {
     if (group == kGroups - 1) give_turn(kTurns);
     auto take_turn = [&] { wait_for_turn(kTurns + group); };
     auto pass_turn = [&] { give_turn(kTurns + (group + 1) % kGroups); };
-    // With all keys of a tile, or with the first of them, as many as there are scores for.
-    auto multiply_keys = [&](auto &of_keys, int stage) {
+    auto start_scores = [&](int stage) {
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kHeadDim / 16; ++step) {
             const uint64_t in_box = step % 4 * kDescriptorStep;
             const uint32_t q = shared.q + (step / 4 * S::kRows + group * kGroupRows) * (kBoxColumns * 2);
             const uint32_t k = shared.k + stage * S::kTileBytes + step / 4 * kColumnBytes;
-            wgmma<2 * std::extent_v<std::remove_reference_t<decltype(of_keys)>>>(of_keys, box_descriptor(q) + in_box,
-                                                                                 box_descriptor(k) + in_box, step);
+            wgmma<kKeys>(scores, box_descriptor(q) + in_box, box_descriptor(k) + in_box, step);
         }
         wgmma_commit();
     };
-    auto start_scores = [&](int stage) { multiply_keys(scores, stage); };
-    auto start_half_scores = [&](int stage) { multiply_keys(reinterpret_cast<float(&)[kKeys / 4]>(scores), stage); };
-    // With all values of a tile, or with the first so many.
-    auto multiply_values = [&](auto keys, int stage, bool first) {
+    auto start_product = [&](int stage, bool first) {
         const uint64_t v = row_box_descriptor(shared.v + stage * S::kTileBytes, kColumnBytes);
         wgmma_fence();
 #pragma unroll
-        for (int step = 0; step < decltype(keys)::value / 16; ++step)
+        for (int step = 0; step < kKeys / 16; ++step)
             wgmma_registers<kHeadDim>(out, probabilities + step * 4, v + step * kRowDescriptorStep, step > 0 || !first);
         wgmma_commit();
-    };
-    auto start_product = [&](int stage, bool first, bool half) {
-        if (half)
-            multiply_values(std::integral_constant<int, kKeys / 2>{}, stage, first);
-        else
-            multiply_values(std::integral_constant<int, kKeys>{}, stage, first);
     };
     auto finish_scores = [&] {
         wgmma_wait<0>();
@@ -210,7 +196,6 @@ __device__ void consume(const Args &args, const Shared &shared) {
         const Piece piece = schedule.piece(index);
         const int first_row = piece.m0 + group * kGroupRows, row = first_row + warp % 4 * 16 + lane / 4;
         const int last_tile = min(piece.last_tile, (first_row + kGroupRows - 1) / kKeys);
-        const bool half_tile = first_row % kKeys == 0;
         float base[2] = {-INFINITY, -INFINITY}, row_sum[2] = {}, tile_sum[2];
 
         auto mask = [&](int tile) {
@@ -298,13 +283,8 @@ __device__ void consume(const Args &args, const Shared &shared) {
         }
         barrier_wait(shared.q_full, parity);
         wait_for(shared.k_full, at);
-        if (half_tile) {
-            start_half_scores(at.stage);
-            finish_scores();
-        } else {
-            start_scores(at.stage);
-            finish_scores();
-        }
+        start_scores(at.stage);
+        finish_scores();
         mask(last_tile);
         // A row sees its own key in its first tile, so that it has a maximum.
         raise_base(0);
@@ -320,7 +300,7 @@ __device__ void consume(const Args &args, const Shared &shared) {
             settle(tile + 1, previous);
             start_scores(at.stage);
             wait_for(shared.v_full, previous);
-            start_product(previous.stage, tile == last_tile - 1, half_tile && tile == last_tile - 1);
+            start_product(previous.stage, tile == last_tile - 1);
             pass_turn();
             wgmma_wait<1>();
             wgmma_results(scores);
@@ -338,7 +318,7 @@ __device__ void consume(const Args &args, const Shared &shared) {
         settle(piece.first_tile, previous);
         if (leads) barrier_arrive_here(shared.q_empty);
         wait_for(shared.v_full, previous);
-        start_product(previous.stage, piece.first_tile == last_tile, half_tile && piece.first_tile == last_tile);
+        start_product(previous.stage, piece.first_tile == last_tile);
         wgmma_wait<0>();
         wgmma_results(out);
         release(shared.v_empty, previous);

@@ -18,7 +18,8 @@ struct RowNorm {
     float width, eps;
 
     // Computes those of so many rows, which the four lanes of a quad ask for together: kAtOnce groups of 16 slots of all rows at
-    // once, for one after another, each would take the latency of memory. With one, two rounds of the loop may still be joined.
+    // once, for one after another, each would take the latency of memory. Four need registers that are free before a product alone; with
+    // one, two rounds of the loop may still be joined.
     template <int kAtOnce, int kRows>
     __device__ void factors(float (&of)[kRows], const int (&rows)[kRows]) const {
         const float4 *at[kRows];

@@ -147,7 +147,7 @@ struct AddToStream {
     float *squares;
     const bf16 *scaled_by, *norm, *bias;
     int slots, n, rows = 0;
-    static constexpr bool kMayShareSlots = true, kNormed = false;
+    static constexpr bool kMayShareSlots = true;
     // Whether there is room for that, and the width is one of tiles of 112.
     __host__ __device__ bool shares_slots() const { return n % 224 == 0 && n / 28 <= slots; }
     struct OfTile {
@@ -158,6 +158,7 @@ struct AddToStream {
         OfColumns<kColumns> scaled_by, norm;
     };
     __device__ void start(const Schedule &schedule) { rows = schedule.rows; }
+    __device__ OfTile load_tile(int) const { return {}; }
     // A bias, which few layers have, is added before the passes: there it would cost them something where there is none.
     template <int kColumns>
     __device__ void prepare(float (&c)[kColumns / 2], int tile_column) const {
@@ -251,22 +252,23 @@ struct RotateHeads {
     const bf16 *bias;
     RowNorm norm;
     GleanerStarts starts;
-    int head_dim, rope_columns, n, rows = 0, position_start = 0, out_start = 0;
-    static constexpr bool kMayShareSlots = false, kNormed = true;
+    int head_dim, rope_columns, n, rows = 0, row_start = 0, position_start = 0, out_start = 0;
+    static constexpr bool kMayShareSlots = false;
     struct OfTile {
         float factors[2];
     };
     template <int kColumns>
     using Loaded = OfColumns<kColumns>;
     __device__ void start(const Schedule &schedule) {
-        rows = schedule.rows;
+        rows = schedule.rows, row_start = schedule.row_start;
         position_start = start_of_rows(starts.position), out_start = start_of_rows(starts.out);
     }
     __device__ static int row_of(int i) { return threadIdx.x % 32 / 4 + i * 8; }
-    // For a warp's rows of the tile.
-    template <class Factors>
-    __device__ OfTile load_tile(const Factors &factors, int first_row) const {
-        return {{factors.at(first_row + row_of(0)), factors.at(first_row + row_of(1))}};
+    __device__ OfTile load_tile(int row) const {
+        OfTile of_tile;
+        norm.factors<4>(of_tile.factors,
+                     {row_start + min(row + row_of(0), rows - 1), row_start + min(row + row_of(1), rows - 1)});
+        return of_tile;
     }
     template <int kColumns>
     __device__ void prepare(float (&)[kColumns / 2], int) const {}

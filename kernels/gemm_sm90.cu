@@ -13,26 +13,24 @@ namespace {
 
 constexpr int kTileCost = 400;  // as Menu takes it
 
-// Warpgroups that multiply, 64 rows of a tile each, and what that leaves them: registers, of which they give some back where the
-// copying warpgroup has factors to work out, and memory for stages; and the CTAs of a cluster. Clusters of four fetch less, and
-// leave a few multiprocessors without work. A stage must hold two boxes for an epilogue, too.
+// Warpgroups that multiply, 64 rows of a tile each, and what that leaves them: registers, and memory for stages; and the CTAs
+// of a cluster. Clusters of four fetch less, and leave a few multiprocessors without work. A stage must hold two boxes for an
+// epilogue, too.
 struct Two {
-    static constexpr int kGroups = 2, kCluster = 2, kRingBytes = 200 * 1024, kRegisters = 232, kCopyRegisters = 40,
-                         kForFactors = 0;
+    static constexpr int kGroups = 2, kCluster = 2, kRingBytes = 200 * 1024, kRegisters = 232, kCopyRegisters = 40;
     template <int kColumns>
     using Of = Tile<128, kColumns, kRingBytes, kCluster>;
     using Tiles = Menu<kTileCost, Of<128>, Of<192>, Of<160>, Of<256>>;
 };
 struct InFours {
     static constexpr int kGroups = 2, kCluster = 4, kRingBytes = Two::kRingBytes, kRegisters = Two::kRegisters,
-                         kCopyRegisters = Two::kCopyRegisters, kForFactors = Two::kForFactors;
+                         kCopyRegisters = Two::kCopyRegisters;
     template <int kColumns>
     using Of = Tile<128, kColumns, kRingBytes, kCluster>;
     using Tiles = Menu<kTileCost, Of<128>, Of<192>>;
 };
 struct Three {
-    static constexpr int kGroups = 3, kCluster = 2, kRingBytes = 192 * 1024, kRegisters = 160, kCopyRegisters = 32,
-                         kForFactors = 8;
+    static constexpr int kGroups = 3, kCluster = 2, kRingBytes = 192 * 1024, kRegisters = 160, kCopyRegisters = 32;
     template <int kColumns>
     using Of = Tile<192, kColumns, kRingBytes, kCluster, 192>;
     using Tiles = Menu<kTileCost, Of<128>, Of<192>, Of<160>>;
@@ -48,8 +46,6 @@ struct ThreeBeside : Three {
     using Of = Tile<192, kColumns, kRingBytes, kCluster, 192, true>;
     using Tiles = Menu<kTileCost, Of<112>>;
 };
-template <class Groups, class Epilogue>
-constexpr int kForFactors = Epilogue::kNormed ? Groups::kForFactors : 0;
 template <class Groups>
 constexpr int kThreads = (Groups::kGroups + 1) * 128;
 template <class Groups, class Epilogue>
@@ -152,9 +148,9 @@ __device__ void finish(const Epilogue &epilogue, const float (&c)[T::n / 2], con
     if constexpr (!kOnce) release_stages<T>(stages, first, side_stages<T>(epilogue));
 }
 
-template <class T, class Epilogue, class Factors>
-__device__ void consume(const Epilogue &epilogue, const Schedule &schedule, const Stages &stages, uint32_t staging,
-                        Factors factors) {
+template <class T, class Epilogue>
+__device__ void consume(const Epilogue &epilogue, const Schedule &schedule, const Stages &stages,
+                        uint32_t staging) {
     const int warp = warp_index() - 4;
     typename T::At at;
     for (int block = schedule.cluster<T::kCluster>(); block < schedule.blocks<T>();
@@ -163,19 +159,13 @@ __device__ void consume(const Epilogue &epilogue, const Schedule &schedule, cons
         const int row = tile_row + warp * 16;
         if (warp / 4 >= schedule.strips<T>(tile_row)) {
             skip_stages<T>(stages, at, schedule.k_tiles + side_stages<T>(epilogue));
-            if constexpr (Epilogue::kNormed) factors.meet(warp / 4), factors.next();
             continue;
         }
+        typename Epilogue::OfTile of_tile = epilogue.load_tile(row);
         const auto loaded = epilogue.template load<T::n>(tile_column - columns_before<T, Epilogue>(tile_column));
         float c[1][T::n / 2];
         release_last<T>(stages, multiply_stages<T>(c, stages, at, warp / 4, schedule.k_tiles));
         wgmma_results(c[0]);
-        typename Epilogue::OfTile of_tile{};
-        if constexpr (Epilogue::kNormed) {
-            factors.meet(warp / 4);
-            of_tile = epilogue.load_tile(factors, warp * 16);
-            factors.next();
-        }
         epilogue.template prepare<T::n>(c[0], tile_column);
         finish<T>(epilogue, c[0], stages, staging + warp * kStagingBytes<Epilogue>, at, row, tile_column, of_tile, loaded);
     }
@@ -190,14 +180,11 @@ __global__ void __cluster_dims__(Groups::kCluster) __launch_bounds__(kThreads<Gr
     const Schedule schedule(operands);
     const Stages stages = make_stages(maps, Groups::kGroups * 4 * Groups::kCluster);
     const int tile = choices.of(schedule.rows);
-    constexpr int kFactorRows = Epilogue::kNormed ? Groups::kGroups * kStrip : 1;
-    __shared__ float factors_of[2][kFactorRows];
-    TileFactors<kFactorRows, 2> factors{factors_of};
     cluster_wait();
     epilogue.start(schedule);
     // The roles are the two branches of one condition: what setmaxnreg asks for.
     if (threadIdx.x < 128) {
-        give_registers<Groups::kCopyRegisters + Groups::kGroups * kForFactors<Groups, Epilogue>>();
+        give_registers<Groups::kCopyRegisters>();
         if (warp_index() == 0 && elect())
             Tiles::with(tile, [&](auto a_tile) {
                 using T = decltype(a_tile);
@@ -214,23 +201,11 @@ __global__ void __cluster_dims__(Groups::kCluster) __launch_bounds__(kThreads<Gr
                 }
                 wait_until_read<T>(stages, at);
             });
-        if constexpr (Epilogue::kNormed)
-            if (warp_index() > 0) {
-                wait_for_previous();
-                Tiles::with(tile, [&](auto a_tile) {
-                    using T = decltype(a_tile);
-                    for (int block = schedule.cluster<T::kCluster>(); block < schedule.blocks<T>();
-                         block += schedule.clusters<T::kCluster>(), factors.next()) {
-                        factors.find(epilogue.norm, schedule, schedule.place<T>(block).row);
-                        for (int group = 0; group < Groups::kGroups; ++group) factors.meet(group);
-                    }
-                });
-            }
     } else {
-        take_registers<Groups::kRegisters - kForFactors<Groups, Epilogue>>();
+        take_registers<Groups::kRegisters>();
         wait_for_previous();
         Tiles::with(tile, [&](auto a_tile) {
-            consume<decltype(a_tile)>(epilogue, schedule, stages, stages.ring + Groups::kRingBytes, factors);
+            consume<decltype(a_tile)>(epilogue, schedule, stages, stages.ring + Groups::kRingBytes);
         });
     }
 }

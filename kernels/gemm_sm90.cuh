@@ -3,7 +3,7 @@
 // The CTAs of a cluster, two or four on neighbouring multiprocessors, walk together over blocks of tiles of the output. Those
 // whose tiles lie below each other need the same weights, and those whose tiles lie beside each other the same rows: each
 // fetches a part for all. The first warpgroup of a CTA copies: one thread fills a ring of stages of 64 columns of a and of the
-// weight; its other warps work out factors of rows. The others multiply, 64 rows each, and hold the next stage in flight while they wait for the one before.
+// weight. The others multiply, 64 rows each, and hold the next stage in flight while they wait for the one before.
 //
 // Both must be quick about it: a stage is multiplied in 500 to 1000 clocks. What is the same for all lanes of a warp has to be
 // known to the compiler as such, or it goes through registers of each lane, which took about as long as the products.
@@ -46,7 +46,6 @@ struct Operands {
     const int32_t *rows;
     const int32_t *row_start;  // first row of a, or null for 0
     int n, k;
-    bool streamed = false;  // whether the weight is too large for the L2 cache
 };
 
 // The work of all clusters: blocks of as many tiles as a cluster has CTAs.
@@ -66,13 +65,11 @@ struct Schedule {
         int row, column, down;
     };
     int rows, row_start, n, k_tiles;
-    bool streamed;
     __device__ explicit Schedule(const Operands &operands)
         : rows(*operands.rows),
           row_start(start_of_rows(operands.row_start)),
           n(operands.n),
-          k_tiles(divide_up(operands.k, kTileK)),
-          streamed(operands.streamed) {}
+          k_tiles(divide_up(operands.k, kTileK)) {}
     template <int kCluster>
     __device__ static int cluster() {
         return blockIdx.x / kCluster;
@@ -117,39 +114,6 @@ struct Schedule {
     __device__ int strips(int row) const {
         return min(max(divide_up(rows - row, kPartRows), 0), T::m / kPartRows);
     }
-};
-
-// Factors of the norm of a tile's rows. The warps of the copying warpgroup that do not copy work them out while the tile is
-// multiplied: where those that multiply ask for what they need, before or behind the product, the tensor cores wait for memory.
-//
-// For each tile, in the order of the tiles, those warps meet each warpgroup that multiplies it, which may read its factors from
-// there on. They lie in kBuffers places by turns: a warpgroup has read what is in a place when it meets them for the next of its
-// tiles, and the place is not written anew before.
-template <int kRows, int kBuffers>
-struct TileFactors {
-    static constexpr int kWarps = 3;
-    float (&of)[kBuffers][kRows];
-    int tile = 0;
-    // Works out those of a tile's rows from `row` on.
-    __device__ void find(const RowNorm &norm, const Schedule &schedule, int row) {
-        constexpr int kAtOnce = 8;  // a quad each
-        const int of_quad = threadIdx.x % 32 / 4;
-#pragma unroll 1
-        for (int first = (warp_index() - 1) * kAtOnce; first < min(kRows, schedule.rows - row); first += kWarps * kAtOnce) {
-            const int of_row[1] = {schedule.row_start + min(row + first + of_quad, schedule.rows - 1)};
-            float factor[1];
-            norm.factors<4>(factor, of_row);
-            if (threadIdx.x % 4 == 0) of[tile % kBuffers][first + of_quad] = factor[0];
-        }
-    }
-    // Both sides meet here, group by group.
-    __device__ void meet(int group) const {
-        constexpr int kFirstBarrier = 3;  // behind those of turns
-        asm volatile("bar.sync %0, %1;" ::"r"(kFirstBarrier + group), "n"((4 + kWarps) * 32) : "memory");
-    }
-    __device__ void next(int tiles = 1) { tile += tiles; }
-    // Of a row of the tile.
-    __device__ float at(int row) const { return of[tile % kBuffers][row]; }
 };
 
 // Widths of tiles that there are.
@@ -260,7 +224,6 @@ struct Share {
     const Stages &stages;
     int parts, beside, a_row, weight_row;
     uint32_t weight_at, bytes;
-    uint64_t policy;  // of weights
     uint16_t weight_readers, a_readers;
     __device__ Share(const Maps &all_maps, const Schedule &schedule, const Stages &all_stages, const Schedule::Place &place)
         : maps(all_maps), stages(all_stages) {
@@ -269,8 +232,6 @@ struct Share {
         a_row = schedule.row_start + place.row, weight_row = place.column + first_weight;
         weight_at = stages.ring + T::kABytes + first_weight * kTileK * 2;
         bytes = parts * kPartBytes + T::kWeightBytes;
-        // Weights that the next tokens will not find there anyway would push out what is read again soon.
-        policy = schedule.streamed ? evict_first() : evict_normal();
         weight_readers = ((1 << kDown) - 1) << (rank - below), a_readers = kFirstRow << below;
     }
     // Opens a stage and copies weights.
@@ -282,9 +243,9 @@ struct Share {
         for (int box = 0; box < kBoxes; ++box) {
             const uint32_t to_box = to + box * kBoxRows * kTileK * 2;
             if (kDown == 1)
-                copy_box(to_box, map, weight_row + box * kBoxRows, k_tile * kTileK, barrier, policy);
+                copy_box(to_box, map, weight_row + box * kBoxRows, k_tile * kTileK, barrier);
             else
-                copy_box_to(to_box, map, weight_row + box * kBoxRows, k_tile * kTileK, barrier, weight_readers, policy);
+                copy_box_to(to_box, map, weight_row + box * kBoxRows, k_tile * kTileK, barrier, weight_readers);
         }
     }
     __device__ void fill_rows(const typename T::At &at, int k_tile) const {
@@ -408,11 +369,8 @@ inline int32_t count_pairs(int *clusters) {
 // memory, for tiles as T but for their widths, which are those of kWidthBits. a holds a_rows rows, dead ones among them.
 template <class T, uint32_t kWidthBits, class... Parameters, class... Arguments>
 int32_t launch_gemm(void (*kernel)(Maps, Operands, Choices, Parameters...), int ctas, int threads, int shared_bytes,
-                    const void *a, int a_rows, const void *weight, Operands operands, const Choices &choices,
+                    const void *a, int a_rows, const void *weight, const Operands &operands, const Choices &choices,
                     void *stream, Arguments... arguments) {
-    int cache_bytes;
-    if (const cudaError_t status = device_attribute(&cache_bytes, cudaDevAttrL2CacheSize)) return status;
-    operands.streamed = static_cast<int64_t>(operands.n) * operands.k * static_cast<int>(sizeof(bf16)) > cache_bytes;
     Maps maps;
     const auto *of_a = static_cast<const bf16 *>(a), *of_weight = static_cast<const bf16 *>(weight);
     if (const int32_t status = make_tensor_map(&maps.rows, of_a, a_rows, operands.k, T::m)) return status;

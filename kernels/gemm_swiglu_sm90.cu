@@ -9,8 +9,6 @@ namespace {
 
 constexpr int kThreads = 384, kCluster = 2;
 constexpr int kRingBytes = 200 * 1024, kSharedBytes = kRingBytes + 1024;
-// Two places for each warpgroup's tiles.
-using Factors = TileFactors<128, 4>;
 // Tiles of 192 columns ask less of the L2 cache, tiles of 128 share the last of the work out better: the columns on the left go
 // by the former, the others by the latter. A bias takes registers that sums of wide tiles have not.
 template <bool kBias>
@@ -90,9 +88,9 @@ __device__ void finish(const Operands &operands, const SwiGlu &epilogue, const b
 
 // Computes this CTA's tiles of one kind: every second one from `pair` on, for the two groups take turns over all.
 template <bool kNarrow, bool kBias>
-__device__ void consume(const Operands &operands, const SwiGlu &epilogue, const bf16 *bias, const Schedule &schedule,
-                        const Parts<kBias> &parts, const Stages &stages,
-                        typename Wide<kBias>::At &at, int &pair, Factors &factors) {
+__device__ void consume(const Operands &operands, const RowNorm &norm, const SwiGlu &epilogue, const bf16 *bias,
+                        const Schedule &schedule, const Parts<kBias> &parts, const Stages &stages,
+                        typename Wide<kBias>::At &at, int &pair) {
     using T = std::conditional_t<kNarrow, Narrow<kBias>, Wide<kBias>>;
     constexpr int kStrips = 2;  // of 64 rows
     const int warp = warp_index() - 4, group = warp / 4, lane = threadIdx.x % 32;
@@ -104,17 +102,17 @@ __device__ void consume(const Operands &operands, const SwiGlu &epilogue, const 
         const int last = multiply_stages<T>(c, stages, at, 0, schedule.k_tiles);
         if (pair + schedule.clusters<kCluster>() < parts.all) give_turn(2 - group);
         release_last<T>(stages, last);
-        factors.meet(group);
         const auto place = parts.template place<kNarrow>(schedule, pair);
-        const int in_tile = warp % 4 * 16 + lane / 4;
+        const int row = place.row + warp % 4 * 16 + lane / 4;
 #pragma unroll
         for (int strip = 0; strip < kStrips; ++strip) {
-            const int first = in_tile + strip * 64;
-            const float of_rows[2] = {factors.at(first), factors.at(first + 8)};
+            const int first = row + strip * 64;
+            const int rows[2] = {min(first, schedule.rows - 1), min(first + 8, schedule.rows - 1)};
+            float factors[2];
+            norm.factors<1>(factors, rows);
             wgmma_results(c[strip]);
-            finish<T::n, kBias>(operands, epilogue, bias, c[strip], of_rows, place.row + first, schedule.rows, place.column);
+            finish<T::n, kBias>(operands, epilogue, bias, c[strip], factors, first, schedule.rows, place.column);
         }
-        factors.next(2);
     }
 }
 
@@ -127,8 +125,6 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
     const Schedule schedule(operands);
     const Stages stages = make_stages(maps, 4 * kCluster);
     const Parts<kBias> parts(schedule.rows, schedule.n, choices.of(schedule.rows));
-    __shared__ float factors_of[4][128];
-    Factors factors{factors_of};
     cluster_wait();
     typename Wide<kBias>::At at;
     int pair = schedule.cluster<kCluster>();
@@ -149,21 +145,13 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
                 fill_stages<Narrow<kBias>>(maps, schedule, stages, at,
                                            parts.template place<true>(schedule, pair), 0);
             wait_until_read<Wide<kBias>>(stages, at);
-        } else if (warp > 0) {
-            wait_for_previous();
-            for (; pair < parts.all; pair += schedule.clusters<kCluster>(), factors.next()) {
-                const bool narrow = pair >= parts.wide;
-                factors.find(norm, schedule,
-                             (narrow ? parts.template place<true>(schedule, pair) : parts.template place<false>(schedule, pair)).row);
-                factors.meet(factors.tile % 2);
-            }
         }
     } else {
         take_registers<232>();
         wait_for_previous();
-        if (warp >= 8) pair += schedule.clusters<kCluster>(), at.skip(schedule.k_tiles), factors.next();
-        consume<false, kBias>(operands, epilogue, bias, schedule, parts, stages, at, pair, factors);
-        consume<true, kBias>(operands, epilogue, bias, schedule, parts, stages, at, pair, factors);
+        if (warp >= 8) pair += schedule.clusters<kCluster>(), at.skip(schedule.k_tiles);
+        consume<false, kBias>(operands, norm, epilogue, bias, schedule, parts, stages, at, pair);
+        consume<true, kBias>(operands, norm, epilogue, bias, schedule, parts, stages, at, pair);
     }
 }
 

@@ -144,35 +144,6 @@ __device__ inline void copy_box_to(uint32_t to, const CUtensorMap *map, int row,
         : "memory");
 }
 
-// Policies of the L2 cache for what is copied: to give it up before all else, or as anything.
-__device__ inline uint64_t evict_first() {
-    uint64_t policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-__device__ inline uint64_t evict_normal() {
-    uint64_t policy;
-    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-
-// The same two with a policy.
-__device__ inline void copy_box(uint32_t to, const CUtensorMap *map, int row, int column, uint32_t barrier, uint64_t policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], "
-        "[%4], %5;" ::"r"(to),
-        "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
-        : "memory");
-}
-__device__ inline void copy_box_to(uint32_t to, const CUtensorMap *map, int row, int column, uint32_t barrier,
-                                   uint16_t ranks, uint64_t policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], "
-        "[%1, {%2, %3}], [%4], %5, %6;" ::"r"(to),
-        "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(ranks), "l"(policy)
-        : "memory");
-}
-
 // What this thread wrote to shared memory is there for the tensor cores and the copy engine, once a barrier is passed.
 __device__ inline void fence_for_engines() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -288,7 +259,6 @@ __device__ void wgmma(float (&d)[n / 2], uint64_t a, uint64_t b, int accumulate)
                      : GLEANER_SUMS_##count                                                                                 \
                      : "l"(a), "l"(b), "r"(accumulate));                                                                    \
     }
-GLEANER_WGMMA(64, 32, 32, 33, 34)
 GLEANER_WGMMA(112, 56, 56, 57, 58)
 GLEANER_WGMMA(128, 64, 64, 65, 66)
 GLEANER_WGMMA(160, 80, 80, 81, 82)

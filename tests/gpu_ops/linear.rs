@@ -292,8 +292,6 @@ fn gemm_by_every_tile() {
         }
         worst = worst.max(residual(gpu, 8300, (272, 72), false));
         worst = worst.max(swiglu(gpu, 8300, (2048, 72), false));
-        // 67 MB of weights, more than an L2 cache holds, which come by another policy.
-        worst = worst.max(residual(gpu, 9, (4096, 8200), false));
         worst
     });
 }
